@@ -1,0 +1,126 @@
+"""Settings: frozen dataclasses, one per concern, free of torch.
+
+The text below a field is its help line: the command line and the configuration file are built from these classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Which layers get a trainable low-rank pair, and of what size."""
+
+    rank: int = 16
+    """Rank of each layer's change."""
+    alpha: float | None = None
+    """The change is multiplied by alpha / rank (default: the rank, hence by 1)."""
+    targets: str | tuple[str, ...] = "attention"
+    """Layers to adapt: named sets joined by + ("attention+ff") or globs over layer names."""
+    seed: int = 0
+    """Seed of the first values of the down matrices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The settings that depend on the base: what a training run takes for everything the user leaves open."""
+
+    rank: int
+    """Rank of each layer's change."""
+    targets: str
+    """Layers to adapt."""
+    learning_rate: float
+    """Highest learning rate."""
+    steps: int
+    """Optimizer steps."""
+    batch_size: int
+    """Pictures in one micro-batch."""
+    resolution: int
+    """Side of the square training pictures in pixels."""
+    sample_steps: int
+    """Denoising steps of a sample picture."""
+    guidance: float
+    """Classifier-free guidance of a sample picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """The training loop: how long, how fast, how often it looks up."""
+
+    steps: int | None = None
+    """Optimizer steps (default: the base's own)."""
+    batch_size: int | None = None
+    """Pictures in one micro-batch of one process (default: the base's own)."""
+    accumulate: int = 1
+    """Micro-batches whose gradients are added up before one optimizer step."""
+    learning_rate: float | None = None
+    """Highest learning rate; it warms up to it and falls along a cosine to zero (default: the base's own)."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of AdamW."""
+    clip: float = 1.0
+    """Largest norm of all gradients together; 0 leaves them alone."""
+    precision: Precision = "auto"
+    """Arithmetic of the frozen base; adapter weights are always fp32 (auto: fp32 on a CPU, else bf16 or fp16)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, but needs far less memory."""
+    seed: int = 0
+    """Seed of everything random: same seed, same machine, same file."""
+    validate_every: int = 50
+    """Steps between two looks at the held-out pictures; 0 never looks."""
+    sample_every: int | None = None
+    """Steps between two rows of sample pictures; 0 draws none (default: a quarter of the steps)."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints; 0 writes none."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights become the adapter: those after the last step, or those best on the held-out pictures."""
+    resume: bool = False
+    """Continue from the last checkpoint of this output instead of starting over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleConfig(FitConfig):
+    """Train a style adapter on a folder of pictures."""
+
+    data: str
+    """Folder of pictures (png, jpg, webp), captions in NAME.txt beside each or in metadata.jsonl."""
+    output: str
+    """The adapter file to write, ending in .safetensors."""
+    base: str = "tiny"
+    """Stable Diffusion to adapt: tiny, a diffusers folder, a single .safetensors checkpoint or a Hub id."""
+    base_config: str | None = None
+    """For a single checkpoint without network: a diffusers folder of the same kind of model."""
+    trigger: str | None = None
+    """Words put before every caption (or used as the caption) that will call the style."""
+    rank: int | None = None
+    """Rank of each layer's change (default: the base's own)."""
+    alpha: float | None = None
+    """The change is multiplied by alpha / rank (default: the rank, hence by 1)."""
+    targets: str | None = None
+    """Layers to adapt: named sets joined by + ("attention+ff") or globs (default: the base's own)."""
+    train_text: bool = False
+    """Adapt the text encoder(s) too."""
+    resolution: int | None = None
+    """Side of the square training pictures in pixels (default: the base's own)."""
+    holdout: float = 0.1
+    """Share of the pictures kept out of training to validate on."""
+    snr_gamma: float = 5.0
+    """Min-SNR weighting: no noise level counts for more than this signal-to-noise ratio; 0 turns it off."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts of the sample pictures (default: captions of held-out pictures)."""
+    format: Literal["kohya", "diffusers", "peft"] = "kohya"
+    """Spelling of the adapter file."""
+
+    def filled(self, recipe: Recipe) -> Self:
+        """This configuration with everything the user left open taken from the base's recipe."""
+        names = ("rank", "targets", "learning_rate", "steps", "batch_size", "resolution")
+        open_fields = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
+        steps = open_fields.get("steps", self.steps)
+        if self.sample_every is None:
+            open_fields["sample_every"] = max(1, steps // 4)
+        return replace(self, **open_fields)
