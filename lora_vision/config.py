@@ -124,3 +124,74 @@ class StyleConfig(FitConfig):
         if self.sample_every is None:
             open_fields["sample_every"] = max(1, steps // 4)
         return replace(self, **open_fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Draw pictures from prompts, with any number of adapters."""
+
+    prompts: tuple[str, ...]
+    """What to draw: a picture (or a row of the grid) for each."""
+    output: str = "out.png"
+    """The PNG file to write; several pictures are numbered out-1.png, out-2.png, and so on."""
+    base: str = "tiny"
+    """Stable Diffusion to draw with: tiny, a diffusers folder, a single .safetensors checkpoint or a Hub id."""
+    base_config: str | None = None
+    """For a single checkpoint without network: a diffusers folder of the same kind of model."""
+    adapter: tuple[str, ...] = ()
+    """Adapter file and, after a colon, its scale: ink.safetensors:0.8 (scale 1 if left out)."""
+    seed: int = 0
+    """Seed of each prompt's first picture."""
+    count: int = 1
+    """Pictures of each prompt, with seeds counting up."""
+    steps: int | None = None
+    """Denoising steps (default: the base's own)."""
+    guidance: float | None = None
+    """Classifier-free guidance: how strictly the prompt is followed (default: the base's own)."""
+    size: str | None = None
+    """Width and height in pixels, as 512 or 768x512 (default: the base's own)."""
+    negative: str = ""
+    """What the pictures should not show."""
+    grid: bool = False
+    """Draw one grid: prompts down; across the base, each adapter alone, and all of them blended."""
+    precision: Precision = "auto"
+    """Arithmetic of the base (auto: fp32 on a CPU, else fp16)."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "a prompt": bool(self.prompts) and all(prompt.strip() for prompt in self.prompts),
+            "--output ending in .png": self.output.lower().endswith(".png"),
+            "--count of at least 1": self.count >= 1,
+            "--steps of at least 1": self.steps is None or self.steps >= 1,
+            "--guidance of at least 0": self.guidance is None or self.guidance >= 0,
+        }
+        if wrong := [needed for needed, right in checks.items() if not right]:
+            raise ValueError(f"needed: {', '.join(wrong)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Tell what is in an adapter file."""
+
+    file: str
+    """Adapter file, or PEFT folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Write an adapter in another spelling, without loss or not at all."""
+
+    input: str
+    """Adapter file, or PEFT folder."""
+    output: str
+    """The file (for peft: folder) to write."""
+    format: Literal["kohya", "diffusers", "peft"] = "kohya"
+    """Spelling to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhereConfig:
+    """Print the path of something this package brings along."""
+
+    name: str
+    """A script (train_style), a base (tiny), the picture sets (pictures) or one of them."""
