@@ -116,6 +116,24 @@ class StyleConfig(FitConfig):
     format: Literal["kohya", "diffusers", "peft"] = "kohya"
     """Spelling of the adapter file."""
 
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("steps", "batch_size", "accumulate", "rank"), 1) | {"resolution": 8}
+        least |= dict.fromkeys(("holdout", "snr_gamma", "warmup", "weight_decay", "clip"), 0)
+        least |= dict.fromkeys(("validate_every", "sample_every", "checkpoint_every"), 0)
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= lowest:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {lowest} is needed")
+        for name in ("learning_rate", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
+        if not self.output.endswith(".safetensors"):
+            raise ValueError(f"--output {self.output}: a name ending in .safetensors is needed")
+        for name in ("holdout", "warmup"):
+            if not getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: a share below 1 is needed")
+
     def filled(self, recipe: Recipe) -> Self:
         """This configuration with everything the user left open taken from the base's recipe."""
         names = ("rank", "targets", "learning_rate", "steps", "batch_size", "resolution")
@@ -158,15 +176,26 @@ class GenerateConfig:
     """Arithmetic of the base (auto: fp32 on a CPU, else fp16)."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "a prompt": bool(self.prompts) and all(prompt.strip() for prompt in self.prompts),
-            "--output ending in .png": self.output.lower().endswith(".png"),
-            "--count of at least 1": self.count >= 1,
-            "--steps of at least 1": self.steps is None or self.steps >= 1,
-            "--guidance of at least 0": self.guidance is None or self.guidance >= 0,
-        }
-        if wrong := [needed for needed, right in checks.items() if not right]:
-            raise ValueError(f"needed: {', '.join(wrong)}")
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError('an empty prompt: say what to draw, as in "a red apple"')
+        if not self.output.lower().endswith(".png"):
+            raise ValueError(f"--output {self.output}: a name ending in .png is needed")
+        if self.count < 1:
+            raise ValueError(f"--count {self.count}: at least 1 is needed")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"--steps {self.steps}: at least 1 is needed")
+        if self.guidance is not None and not self.guidance >= 0:
+            raise ValueError(f"--guidance {self.guidance}: at least 0 is needed (1 follows the prompt alone)")
+        self.pixels()
+
+    def pixels(self) -> tuple[int, int] | None:
+        """Width and height in pixels, or None for the base's own."""
+        if self.size is None:
+            return None
+        sides = self.size.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 and int(side) % 8 == 0 for side in sides):
+            raise ValueError(f"--size {self.size}: multiples of 8 are needed, as 512 or 768x512")
+        return int(sides[0]), int(sides[-1])
 
 
 @dataclass(frozen=True, kw_only=True)

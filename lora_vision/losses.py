@@ -1,0 +1,108 @@
+"""The diffusion loss: a batch in, a scalar out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from lora_vision.base import TextStates
+from lora_vision.batches import StyleBatch
+from lora_vision.errors import BaseModelError
+
+
+class NoiseSchedule(nn.Module):
+    """How signal and noise are mixed at each timestep, and what the UNet is asked for."""
+
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(self, scheduler: Any) -> None:
+        """The noise levels and the prediction type of a diffusers scheduler of any kind."""
+        super().__init__()
+        plain: Any = DDPMScheduler
+        levels = plain.from_config(scheduler.config)
+        self.prediction = str(levels.config.prediction_type)
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise BaseModelError(f"found the prediction type {self.prediction!r}; expected epsilon or v_prediction")
+        kept = levels.alphas_cumprod.double()
+        self.register_buffer("signal", kept.sqrt().float(), persistent=False)
+        self.register_buffer("noise", (1 - kept).sqrt().float(), persistent=False)
+
+    def __len__(self) -> int:
+        """The number of timesteps."""
+        return len(self.signal)
+
+    def mix(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Latents [B, C, h, w] with the noise of their timesteps in them."""
+        return _rows(self.signal, timesteps) * latents + _rows(self.noise, timesteps) * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The right answer to the mix [B, C, h, w]: the noise, or the velocity (Salimans and Ho 2022, app. D)."""
+        if self.prediction == "epsilon":
+            return noise
+        return _rows(self.signal, timesteps) * noise - _rows(self.noise, timesteps) * latents
+
+    def weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Min-SNR weights [B] in (0, 1] (Hang et al. 2023, arXiv 2303.09556, sec. 3.4).
+
+        epsilon: min(SNR, gamma) / SNR. Velocity: the same with SNR + 1 in place of SNR, as diffusers does. The paper's
+        min(SNR, gamma) / (SNR + 1) is 0 at a zero terminal SNR: the step where sampling starts would never be trained.
+        """
+        snr = (self.signal[timesteps].double() / self.noise[timesteps].double()) ** 2
+        if self.prediction == "v_prediction":
+            snr = snr + 1
+        return (gamma / snr).clamp(max=1).float()
+
+
+class DiffusionLoss(nn.Module):
+    """Weighted squared error of the UNet's prediction."""
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        schedule: NoiseSchedule,
+        *,
+        gamma: float = 5.0,
+        encode_text: Callable[[tuple[str, ...]], TextStates] | None = None,
+        encoders: nn.Module | None = None,
+    ) -> None:
+        """The loss of this UNet.
+
+        Args:
+            unet: Takes noisy latents, timesteps and text states.
+            schedule: The base's noise schedule.
+            gamma: Of min-SNR weighting; 0 weighs all timesteps alike.
+            encode_text: Makes text states of captions; needed where batches hold captions.
+            encoders: The trained text encoders, held here so that a wrapper of this loss sees their weights.
+        """
+        super().__init__()
+        self.unet = unet
+        self.schedule = schedule
+        self.gamma = gamma
+        self.encoders = encoders
+        self._encode_text = encode_text
+
+    def forward(self, batch: StyleBatch) -> Tensor:
+        """The mean over the batch, a float32 scalar."""
+        text = batch.text
+        if not isinstance(text, TextStates):
+            if self._encode_text is None:
+                raise ValueError("a batch of captions needs a loss with encode_text")
+            text = self._encode_text(text)
+        noisy = self.schedule.mix(batch.latents, batch.noise, batch.timesteps)
+        extra = None if batch.time_ids is None else {"text_embeds": text.pooled, "time_ids": batch.time_ids}
+        (answer,) = self.unet(noisy, batch.timesteps, text.states, added_cond_kwargs=extra, return_dict=False)
+        target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
+        errors = (answer.float() - target.float()).square().flatten(1).mean(1)
+        if self.gamma:
+            errors = errors * self.schedule.weights(batch.timesteps, self.gamma)
+        mean: Tensor = errors.mean()
+        return mean
+
+
+def _rows(values: Tensor, timesteps: Tensor) -> Tensor:
+    """values[timesteps], shaped [B, 1, 1, 1]."""
+    return values[timesteps].view(-1, 1, 1, 1)

@@ -1,0 +1,1 @@
+"""Training scripts: short stories, run by accelerate launch or by the command line."""
