@@ -54,7 +54,7 @@ def parse(
     argv: Sequence[str] | None = None,
     *,
     prog: str | None = None,
-    positional: str | None = None,
+    positional: Sequence[str] = (),
     readers: Mapping[str, Reader] | None = None,
     switches: Mapping[str, str] | None = None,
 ) -> tuple[Config, set[str]]:
@@ -67,7 +67,7 @@ def parse(
         config: The dataclass to fill.
         argv: The words after the program's name (default: the program's own).
         prog: How the program calls itself in help and errors.
-        positional: The field that takes the words without a flag.
+        positional: The fields that take the words without a flag.
         readers: Further kinds of ``--config`` files, by file name suffix.
         switches: Flags that are no fields, with their help lines.
     """
@@ -96,24 +96,26 @@ def parse(
 
 
 def _parser(
-    config: type, prog: str | None, positional: str | None, readers: Mapping[str, Reader], switches: Mapping[str, str]
+    config: type,
+    prog: str | None,
+    positional: Sequence[str],
+    readers: Mapping[str, Reader],
+    switches: Mapping[str, str],
 ) -> Parser:
     """The parser of a dataclass; values nobody gives are left out of its namespace."""
-    parser = Parser(
-        prog, description=config.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False
-    )
-    words = f"{positional.upper()} [{positional.upper()} ...] " if positional else ""
-    parser.usage = f"%(prog)s {words}[--flag VALUE ...]"
+    words = " ".join(["%(prog)s", *(name.upper() for name in positional), "[--flag VALUE ...]"])
+    parser = Parser(prog, words, config.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
     hints, texts = get_type_hints(config), documentation(config)
     required = _required(config)
     for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in required):
         kind, several = _kind(hints[field.name])
+        if field.name in positional:
+            word, nargs = field.name.upper(), "*" if several else "?"
+            parser.add_argument(field.name, nargs=nargs, type=kind, help=texts[field.name], metavar=word)
+            continue
         options = {} if kind is bool else {"type": kind, "metavar": _metavar(kind)}
         if get_origin(kind) is Literal:
             options = {"choices": get_args(kind)}
-        if field.name == positional:
-            parser.add_argument(field.name, nargs="*", type=kind, help=texts[field.name], metavar=field.name.upper())
-            continue
         action: Any = argparse.BooleanOptionalAction if kind is bool else "append" if several else "store"
         text = texts[field.name].replace("%", "%%") + (" (may be repeated)" if several else "")
         if field.name in required:
@@ -128,8 +130,8 @@ def _parser(
     return parser
 
 
-def _flag(name: str, positional: str | None = None) -> str:
-    return name.upper() if name == positional else "--" + name.replace("_", "-")
+def _flag(name: str, positional: Sequence[str] = ()) -> str:
+    return name.upper() if name in positional else "--" + name.replace("_", "-")
 
 
 def _required(config: type) -> list[str]:

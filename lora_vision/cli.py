@@ -1,0 +1,163 @@
+"""The `lora-vision` command: one settings class and one function for each thing it can do.
+
+Answering --help imports no torch: what a command needs is imported by its function.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lora_vision
+from lora_vision import config
+from lora_vision.arguments import near, parse
+from lora_vision.errors import LoraVisionError
+
+PROGRAM = "lora-vision"
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        config: The settings class that its flags fill.
+        run: Does the work; returns what to tell a person and what to tell a program (--json).
+        positional: The fields given without a flag.
+    """
+
+    config: type
+    run: Callable[[Any], tuple[str, Any]]
+    positional: tuple[str, ...] = ()
+
+
+def train_style(settings: config.StyleConfig) -> tuple[str, Any]:
+    """The adapter file that was trained, and how the training went."""
+    result = script("train_style").train(settings)
+    return f"wrote {settings.output}", result
+
+
+def generate(settings: config.GenerateConfig) -> tuple[str, Any]:
+    """The pictures that were drawn, and how to draw each again."""
+    from lora_vision.generate import generate
+
+    pictures = generate(settings)
+    return "\n".join(str(picture["file"]) for picture in pictures), pictures
+
+
+def inspect(settings: config.InspectConfig) -> tuple[str, Any]:
+    """What is in an adapter file."""
+    from lora_vision.report import inspect
+
+    report = inspect(settings.file)
+    return str(report), report.to_dict()
+
+
+def convert(settings: config.ConvertConfig) -> tuple[str, Any]:
+    """The adapter file that was written."""
+    from lora_vision.files import convert
+
+    convert(settings.input, settings.output, format=settings.format)
+    return f"wrote {settings.output}", {"output": settings.output, "format": settings.format}
+
+
+def where(settings: config.WhereConfig) -> tuple[str, Any]:
+    """The path of a script, a base or a picture set."""
+    places = {"tiny": PACKAGE / "tiny" / "base", "pictures": PACKAGE / "pictures"}
+    places |= {folder.name: folder for folder in places["pictures"].glob("*/")}
+    for door in ("train_scripts", "pipelines"):
+        places |= {file.stem: file for file in _folder(door).glob("[!_]*.py")}
+    if settings.name not in places:
+        raise LoraVisionError(f"there is no {settings.name!r}: {near(settings.name, places)}")
+    path = str(places[settings.name])
+    return path, {"name": settings.name, "path": path}
+
+
+COMMANDS: Mapping[str, Command] = {
+    "train style": Command(config.StyleConfig, train_style),
+    "generate": Command(config.GenerateConfig, generate, ("prompts",)),
+    "inspect": Command(config.InspectConfig, inspect, ("file",)),
+    "convert": Command(config.ConvertConfig, convert, ("input", "output")),
+    "where": Command(config.WhereConfig, where, ("name",)),
+}
+
+
+def _folder(door: str) -> Path:
+    """The folder of the training scripts or pipelines: inside the package once installed, beside it in a checkout."""
+    installed = PACKAGE / door
+    return installed if installed.is_dir() else PACKAGE.parent / door
+
+
+def script(name: str) -> Any:
+    """The module of a training script."""
+    installed = importlib.util.find_spec("lora_vision.train_scripts")
+    return importlib.import_module(f"{'lora_vision.' if installed else ''}train_scripts.{name}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of a command line: 0 done, 1 the work failed, 2 wrong use."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
+    if name is None:
+        return _overview(words)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger(lora_vision.__name__).setLevel(logging.INFO)
+    command = COMMANDS[name]
+    settings, switches = parse(
+        command.config,
+        words[len(name.split()) :],
+        prog=f"{PROGRAM} {name}",
+        positional=command.positional,
+        readers={".png": _read_recipe} if name == "generate" else None,
+        switches={"json": "tell the outcome as JSON"},
+    )
+    try:
+        text, data = command.run(settings)
+        sys.stdout.write((json.dumps(data, indent=2, default=str) if "json" in switches else text) + "\n")
+        return 0
+    except LoraVisionError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+    except KeyboardInterrupt:
+        problem = "stopped by the keyboard"
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+            raise
+        problem = f"out of memory ({error}); smaller pictures, smaller batches or a lower precision need less"
+    sys.stderr.write(f"{PROGRAM} {name}: {' '.join(problem.split())}\n")
+    return 1
+
+
+def _overview(words: Sequence[str]) -> int:
+    """The exit code of a command line that names no command: help and version are fine, the rest is wrong use."""
+    if words[:1] == ["--version"]:
+        sys.stdout.write(lora_vision.__version__ + "\n")
+        return 0
+    if words and words[0] not in ("--help", "-h"):
+        family = [name for name in COMMANDS if name.split()[0] == words[0]]
+        found = " ".join(words[: 2 if family else 1])
+        choices = family or {name.split()[0] for name in COMMANDS}
+        sys.stderr.write(f"{PROGRAM}: there is no command {found!r}: {near(found, choices)}\n")
+        return 2
+    lines = [f"  {name:12} {(command.config.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    text = "\n".join([f"usage: {PROGRAM} COMMAND ...", "", *lines, "", f"{PROGRAM} COMMAND --help tells more."])
+    (sys.stdout if words else sys.stderr).write(text + "\n")
+    return 0 if words else 2
+
+
+def _read_recipe(path: Path) -> Mapping[str, Any]:
+    """The settings with which a picture was drawn, so that `generate --config picture.png` draws it again."""
+    from lora_vision.generate import read_recipe
+
+    settings: Mapping[str, Any] = read_recipe(path)["config"]
+    return settings
