@@ -1,0 +1,200 @@
+"""The only ways into and out of a model: inject and collect for training, attach and detach for a finished adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_vision import names
+from lora_vision.adapter import Adapter
+from lora_vision.config import LoraConfig
+from lora_vision.errors import AdapterError, BaseModelError
+from lora_vision.factors import LowRank
+from lora_vision.layers import LoraLayer, check_wrappable, place, put, unwrap, wrap
+from lora_vision.stack import Stack
+from lora_vision.targets import select
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each layer of an adapter when it met a model.
+
+    Attributes:
+        matched: Layers that fit and are adapted.
+        unmatched: Layers the model does not have.
+        misshapen: Layers of another shape, each with what was found and expected.
+        ignored: Things that change no layer here: heads, embeddings, and with ``strict=False`` parts not given.
+        family: The base the adapter was made for (``sd1``, ``sd2``, ``sdxl``, ``vit``), as far as its layers tell.
+    """
+
+    matched: tuple[str, ...]
+    unmatched: tuple[str, ...]
+    misshapen: tuple[str, ...]
+    ignored: tuple[str, ...]
+    family: str | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer of the adapter found its place."""
+        return bool(self.matched) and not self.unmatched and not self.misshapen
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain lists, for JSON."""
+        return {"complete": self.complete, **asdict(self)}
+
+    def __str__(self) -> str:
+        counts = ((len(getattr(self, kind)), kind) for kind in ("matched", "unmatched", "misshapen", "ignored"))
+        lines = [f"{', '.join(f'{n} {kind}' for n, kind in counts)}; made for {self.family or 'an unknown base'}"]
+        for kind in ("unmatched", "misshapen"):
+            some = getattr(self, kind)[:5]
+            more = len(getattr(self, kind)) - len(some)
+            lines += [f"  {kind}: {name}" for name in some] + ([f"  {kind}: {more} more"] if more else [])
+        return "\n".join(lines)
+
+
+def compare(adapter: Adapter, layers: Mapping[str, nn.Module], strict: bool = True) -> LoadReport:
+    """The report of what would fit, touching nothing.
+
+    Args:
+        adapter: The adapter.
+        layers: True name to module, as ``names.index`` gives them.
+        strict: Refuse unless every layer fits.
+
+    Raises:
+        AdapterError: With ``strict``, some layer is unmatched or misshapen; always, when nothing fits at all.
+    """
+    parts = {name.partition(".")[0] for name in layers}
+    matched, unmatched, misshapen, ignored = [], [], [], list(adapter.extras)
+    for name, factors in adapter.layers.items():
+        weight = getattr(layers.get(name), "weight", None)
+        if weight is None and not strict and name.partition(".")[0] not in parts:
+            ignored.append(name)
+        elif weight is None:
+            unmatched.append(name)
+        elif not factors.fits(weight.shape):
+            found = factors.size or [tuple(t.shape) for t in factors.tensors().values()]
+            misshapen.append(f"{name} (found {found}, expected {tuple(weight.shape)})")
+        else:
+            matched.append(name)
+    shapes = {name: getattr(layers.get(name), "weight", torch.empty(0)).shape for name in matched}
+    family = names.family({name: tuple(shapes[name]) if name in shapes else None for name in adapter.layers})
+    report = LoadReport(tuple(matched), tuple(unmatched), tuple(misshapen), tuple(ignored), family)
+    if not matched or (strict and not report.complete):
+        advice = "use another base, or strict=False to take what fits" if matched else "it was made for another base"
+        raise AdapterError(f"the adapter does not fit this model ({', '.join(sorted(parts))}): {report}\n{advice}")
+    return report
+
+
+def refuse_peft(parts: Mapping[str, nn.Module]) -> None:
+    """Nothing, unless PEFT has put its layers into one of the parts.
+
+    Raises:
+        BaseModelError: It has; both would act, and neither would know of the other.
+    """
+    for part, model in parts.items():
+        if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+            raise BaseModelError(
+                f"{part} already carries PEFT adapters; remove them first (pipe.unload_lora_weights(), or "
+                "model.unload() for a PeftModel), then load the adapter here instead"
+            )
+
+
+def inject(parts: Mapping[str, nn.Module], config: LoraConfig) -> list[nn.Parameter]:
+    """The new trainable parameters, float32, in the model's order; the base is frozen and computes as before.
+
+    Each chosen layer gets ``down`` from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) (Kaiming, as kohya and PEFT do), drawn on
+    the CPU from ``config.seed``, and ``up`` zero, so that the model's output does not change by a bit.
+
+    Args:
+        parts: Part name to model, for example ``{"unet": unet, "text_encoder": text_encoder}``.
+        config: Rank, alpha, targets and seed.
+
+    Raises:
+        AdapterError: Rank or targets make no sense, or a chosen layer cannot be adapted; nothing was changed.
+        BaseModelError: The model already carries adapters.
+    """
+    alpha = float(config.rank if config.alpha is None else config.alpha)
+    if config.rank < 1 or not math.isfinite(alpha):
+        raise AdapterError(f"rank {config.rank} and alpha {alpha}; expected a rank of at least 1 and a finite alpha")
+    refuse_peft(parts)
+    layers = names.index(parts)
+    _refuse_wrapped(layers)
+    chosen = select(config.targets, layers)
+    for name in chosen:
+        check_wrappable(name, layers[name])
+        if layers[name].weight.device.type == "meta":
+            raise BaseModelError(f"{name} has no weights here (offloaded, on the meta device); train without offload")
+    for model in parts.values():
+        model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(config.seed)
+    return [p for name in chosen for p in _fresh_pair(wrap(layers[name]), config.rank, alpha, generator)]
+
+
+def collect(parts: Mapping[str, nn.Module]) -> Adapter:
+    """The trained adapter: float32 copies on the CPU of every injected pair; the model stays as it is.
+
+    Raises:
+        AdapterError: Nothing was injected into these parts.
+    """
+    found = {}
+    for name, layer in names.index(parts).items():
+        if isinstance(layer, LoraLayer) and isinstance(layer.lora_down, nn.Parameter) and layer.lora_up is not None:
+            down, up = (t.detach().to("cpu", torch.float32, copy=True) for t in (layer.lora_down, layer.lora_up))
+            found[name] = LowRank(down, up.reshape(*up.shape, *(1,) * (down.dim() - 2)), layer.lora_alpha)
+    if not found:
+        raise AdapterError(f"no trained layer in {', '.join(parts)}; call inject before collect")
+    return Adapter(found)
+
+
+def attach(parts: Mapping[str, nn.Module], adapter: Adapter, scale: float = 1.0, *, strict: bool = True) -> LoadReport:
+    """The load report; afterwards the model computes with the adapter until ``detach``. For several, see Blend.
+
+    Args:
+        parts: Part name to model.
+        adapter: What to attach.
+        scale: The user's multiplier; 0 is the base, exactly.
+        strict: Refuse unless every layer fits.
+
+    Raises:
+        AdapterError: It does not fit; nothing was changed.
+        BaseModelError: The model already carries adapters.
+    """
+    refuse_peft(parts)
+    layers = names.index(parts)
+    _refuse_wrapped(layers)
+    report = compare(adapter, layers, strict)
+    stack = Stack(layers)
+    stack.add("adapter", {name: adapter.layers[name] for name in report.matched})
+    stack.apply({"adapter": torch.full((1, len(report.matched)), float(scale))})
+    return report
+
+
+def detach(parts: Mapping[str, nn.Module]) -> None:
+    """Takes every adapter out: classes, parameters and ``state_dict()`` are what they were before."""
+    for model in parts.values():
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                unwrap(module)
+
+
+def _refuse_wrapped(layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        if isinstance(layer, LoraLayer):
+            raise BaseModelError(f"{name} already carries an adapter; call detach first, or use one Blend for several")
+
+
+def _fresh_pair(layer: LoraLayer, rank: int, alpha: float, generator: torch.Generator) -> list[nn.Parameter]:
+    """The two new parameters of a wrapped layer: random ``down``, zero ``up``."""
+    device, _ = place(layer)
+    shape = layer.weight.shape
+    bound = 1 / math.sqrt(shape[1:].numel())
+    drawn = torch.empty(rank, *shape[1:]).uniform_(-bound, bound, generator=generator)
+    down, up = nn.Parameter(drawn.to(device)), nn.Parameter(torch.zeros(shape[0], rank, device=device))
+    layer.lora_alpha = alpha
+    put(layer, lora_down=down, lora_up=up)
+    return [down, up]

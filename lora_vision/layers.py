@@ -1,0 +1,284 @@
+"""The equation every wrapped layer computes: ``y = W x + up · (gain ⊙ (down · x))``.
+
+A base layer becomes a LoraLinear, LoraConv2d, LoraEmbedding, LoraLayerNorm or LoraGroupNorm by changing its class in
+place: its name, parameters, ``isinstance`` and ``state_dict`` keys stay. What sounds is stacked: R is the sum of the
+ranks of all sounding adapters, so any number of them costs one pair of matrix products. What is not low-rank enters as
+one effective weight, computed beforehand. With neither, the layer is the base, bit for bit.
+
+Shapes: B batch, T tokens, I/O in/out features, R stacked rank, G rows of gains (1, or one for each row of the batch).
+"""
+
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_vision.errors import AdapterError
+
+STATE = ("lora_down", "lora_up", "lora_gain", "lora_weight", "lora_bias", "lora_dense", "lora_dense_bias", "lora_share")
+
+
+class LoraLayer(nn.Module):
+    """What a wrapped layer holds beside its base.
+
+    Everything is a buffer outside ``state_dict()``, except that ``inject`` makes ``lora_down`` and ``lora_up``
+    parameters: then ``lora_gain`` is None and alpha/rank takes its place.
+
+    Attributes:
+        lora_down: Stacked [R, I], convolutions [R, I, K, K], embeddings [R, width]; None when nothing low-rank sounds.
+        lora_up: Stacked [O, R]; embeddings [vocabulary, R].
+        lora_gain: What each stacked rank is multiplied by [G, R]: alpha/rank times the user's scale.
+        lora_alpha: Alpha of the trained pair; it is scaled by alpha/rank.
+        lora_weight, lora_bias: What the layer uses instead of its weight and bias, or None.
+        lora_dense, lora_dense_bias: Dense changes [D, *weight] and [D, O] that differ between rows, or None.
+        lora_share: How much of each dense change each row takes [G, D], or None.
+    """
+
+    weight: Any  # Parameter, or Parameter | None: the base classes differ
+    bias: Any
+    lora_down: Tensor | None
+    lora_up: Tensor | None
+    lora_gain: Tensor | None
+    lora_alpha: float
+    lora_weight: Tensor | None
+    lora_bias: Tensor | None
+    lora_dense: Tensor | None
+    lora_dense_bias: Tensor | None
+    lora_share: Tensor | None
+
+    def _effective(self) -> tuple[Tensor, Tensor | None]:
+        weight = self.weight if self.lora_weight is None else self.lora_weight
+        return weight, self.bias if self.lora_bias is None else self.lora_bias
+
+    def _dense_rows(self, x: Tensor, y: Tensor) -> Tensor:
+        """y plus the dense changes, each taken by each row to its share."""
+        if self.lora_dense is None or self.lora_dense_bias is None or self.lora_share is None:
+            return y
+        for change, bias, share in zip(self.lora_dense, self.lora_dense_bias, self.lora_share.unbind(1), strict=True):
+            y = y + self._apply_dense(x, change, bias) * share.view(-1, *(1,) * (y.dim() - 1))
+        return y
+
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class LoraLinear(LoraLayer, nn.Linear):
+    """A linear layer with adapters. Input [B, T, I] or [B, I], output [B, T, O] or [B, O]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self._effective()
+        down, up, gain = self.lora_down, self.lora_up, self.lora_gain
+        if down is None or up is None:
+            y = F.linear(input, weight, bias)
+        elif gain is None:
+            y = _trained(input, weight, bias, down, up, self.lora_alpha / down.shape[0])
+        else:
+            rank = F.linear(input, down)
+            rank = _scaled(rank, gain if gain.shape[0] == 1 else gain.view(-1, *(1,) * (rank.dim() - 2), gain.shape[1]))
+            flat = F.linear(input.reshape(-1, input.shape[-1]), weight, bias)
+            flat = _accumulated(flat, rank.reshape(-1, rank.shape[-1]), up.t())
+            y = flat.view(*input.shape[:-1], -1)
+        return y if self.lora_dense is None else self._dense_rows(input, y)
+
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class LoraConv2d(LoraLayer, nn.Conv2d):
+    """A convolution with adapters. Input [B, I, H, W], output [B, O, H, W]; ``up`` is a 1x1 convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self._effective()
+        y: Tensor = self._conv_forward(input, weight, bias)
+        down, up, gain = self.lora_down, self.lora_up, self.lora_gain
+        if down is not None and up is not None:
+            if gain is None:
+                rank = self._conv_forward(input, down.to(input.dtype), None)
+                y = _accumulated_conv(y, rank, up.to(y.dtype), self.lora_alpha / down.shape[0])
+            else:
+                rank = _scaled(self._conv_forward(input, down, None), gain[:, :, None, None])
+                y = _accumulated_conv(y, rank, up)
+        return y if self.lora_dense is None else self._dense_rows(input, y)
+
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return cast(Tensor, self._conv_forward(x, weight, bias))
+
+
+class LoraEmbedding(LoraLayer, nn.Embedding):
+    """An embedding with adapters. Input [B, T], output [B, T, width]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight if self.lora_weight is None else self.lora_weight
+        y = self._look_up(input, weight)
+        down, up, gain = self.lora_down, self.lora_up, self.lora_gain
+        if down is not None and up is not None:
+            rank = F.embedding(input, up)
+            if gain is None:
+                return torch.add(y, (rank @ down).to(y.dtype), alpha=self.lora_alpha / down.shape[0])
+            rank = rank * gain.view(gain.shape[0], *(1,) * (rank.dim() - 2), -1)
+            flat = _accumulated(y.view(-1, y.shape[-1]), rank.view(-1, rank.shape[-1]), down)
+            y = flat.view(y.shape)
+        return y if self.lora_dense is None else self._dense_rows(input, y)
+
+    def _look_up(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)
+
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self._look_up(x, weight)
+
+
+class LoraLayerNorm(LoraLayer, nn.LayerNorm):
+    """A layer norm whose scale and shift are adapted. Input and output [..., C]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.layer_norm(input, self.normalized_shape, *self._effective(), self.eps)
+        return y if self.lora_dense is None else self._dense_rows(input, y)
+
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class LoraGroupNorm(LoraLayer, nn.GroupNorm):
+    """A group norm whose scale and shift are adapted. Input and output [B, C, ...]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.group_norm(input, self.num_groups, *self._effective(), self.eps)
+        return y if self.lora_dense is None else self._dense_rows(input, y)
+
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+WRAPPED: dict[type[nn.Module], type[LoraLayer]] = {
+    nn.Linear: LoraLinear,
+    nn.Conv2d: LoraConv2d,
+    nn.Embedding: LoraEmbedding,
+    nn.LayerNorm: LoraLayerNorm,
+    nn.GroupNorm: LoraGroupNorm,
+}
+_BASE = {wrapped: base for base, wrapped in WRAPPED.items()}
+
+
+def check_wrappable(name: str, module: nn.Module) -> None:
+    """Nothing, or the reason why this layer cannot be adapted.
+
+    Raises:
+        AdapterError: The class is not exactly a supported one, or its forward was replaced by something else.
+    """
+    kind = type(module)
+    if isinstance(module, LoraLayer):
+        return
+    if kind not in WRAPPED:
+        choices = ", ".join(base.__name__ for base in WRAPPED)
+        raise AdapterError(f"{name} is a {kind.__module__}.{kind.__name__}; only plain {choices} layers can be adapted")
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        raise AdapterError(f"{name} is a convolution in {module.groups} groups; only groups=1 can be adapted")
+    forward = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+    if forward is not None and getattr(forward, "__func__", None) is not kind.forward:
+        raise AdapterError(f"the forward of {name} was replaced by {forward!r}; undo that before adapting the layer")
+
+
+def wrap(module: nn.Module) -> LoraLayer:
+    """The same module, able to hold adapters; it computes what it did before."""
+    if isinstance(module, LoraLayer):
+        return module
+    _change_class(module, WRAPPED[type(module)])
+    layer = cast(LoraLayer, module)
+    layer.lora_alpha = 0.0
+    for name in STATE:
+        layer.register_buffer(name, None, persistent=False)
+    return layer
+
+
+def unwrap(layer: LoraLayer) -> nn.Module:
+    """The same module as it was before ``wrap``; its adapters are gone."""
+    for name in STATE:
+        layer._buffers.pop(name, None)
+        layer._parameters.pop(name, None)
+        layer._non_persistent_buffers_set.discard(name)
+        for hook in _offload_hooks(layer):
+            hook.original_devices.pop(name, None)
+    del layer.lora_alpha
+    _change_class(layer, _BASE[type(layer)])
+    return layer
+
+
+def put(layer: LoraLayer, **state: Tensor | None) -> None:
+    """Sets parts of a layer's state; an ``nn.Parameter`` becomes trainable, anything else is a buffer."""
+    for name, value in state.items():
+        if isinstance(value, nn.Parameter):
+            layer._buffers.pop(name, None)
+            layer.register_parameter(name, value)
+        else:
+            layer._parameters.pop(name, None)
+            layer._buffers[name] = value
+            layer._non_persistent_buffers_set.add(name)
+
+
+def place(layer: LoraLayer) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype a layer computes in; an offload hook decides the device when the weights are parked."""
+    device = layer.weight.device
+    if device.type == "meta":
+        devices = [hook.execution_device for hook in _offload_hooks(layer) if hook.execution_device is not None]
+        device = torch.device(devices[0]) if devices else device
+    return device, layer.weight.dtype
+
+
+def base_tensor(layer: LoraLayer, name: str) -> Tensor | None:
+    """The layer's own ``weight`` or ``bias``, also when an offload hook has parked it; None if it has none."""
+    tensor = cast("Tensor | None", getattr(layer, name, None))
+    if tensor is not None and tensor.device.type == "meta":
+        for hook in _offload_hooks(layer):
+            if hook.weights_map is not None and name in hook.weights_map:
+                return cast(Tensor, hook.weights_map[name])
+    return tensor
+
+
+def _offload_hooks(module: nn.Module) -> list[Any]:
+    """Accelerate's hooks on this module that move its weights (recognised without importing accelerate)."""
+    hook = module.__dict__.get("_hf_hook")
+    hooks = getattr(hook, "hooks", (hook,))
+    return [each for each in hooks if getattr(each, "offload", False) and hasattr(each, "original_devices")]
+
+
+def _change_class(module: nn.Module, to: type[nn.Module]) -> None:
+    """Changes the class; a forward that Accelerate's hooks have put aside follows, else they would bypass ours."""
+    before = type(module).forward
+    for name in ("forward", "_old_forward"):
+        held = module.__dict__.get(name)
+        if getattr(held, "__func__", None) is before:
+            module.__dict__[name] = MethodType(to.forward, module)
+    module.__class__ = to
+
+
+def _scaled(rank: Tensor, gain: Tensor) -> Tensor:
+    return rank * gain if rank.requires_grad else rank.mul_(gain)
+
+
+def _accumulated(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y + a @ b, written into y unless autograd would need a copy of it."""
+    return torch.addmm(y, a, b) if y.requires_grad or a.requires_grad else y.addmm_(a.to(y.dtype), b.to(y.dtype))
+
+
+def _accumulated_conv(y: Tensor, rank: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
+    """y [B, O, H, W] + scale · up [O, R] applied to rank [B, R, H, W], written into y where possible."""
+    if y.is_contiguous():
+        flat, right = y.flatten(2), rank.flatten(2)
+        left = up.expand(y.shape[0], -1, -1)
+        if y.requires_grad or rank.requires_grad or up.requires_grad:
+            return torch.baddbmm(flat, left, right, alpha=scale).view(y.shape)
+        flat.baddbmm_(left, right, alpha=scale)
+        return y
+    channels, ranks = y.permute(0, 2, 3, 1), rank.permute(0, 2, 3, 1)  # channels_last: a plain matrix product
+    total = torch.addmm(channels.reshape(-1, y.shape[1]), ranks.reshape(-1, rank.shape[1]), up.t(), alpha=scale)
+    return total.view(channels.shape).permute(0, 3, 1, 2)
+
+
+def _trained(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """The layer with one trainable float32 pair, computed in the base's (or autocast's) dtype."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = F.linear(flat, weight, bias)
+    rank = F.linear(flat, down.to(x.dtype))
+    return torch.addmm(y, rank, up.to(y.dtype).t(), alpha=scale).view(*x.shape[:-1], -1)

@@ -1,0 +1,404 @@
+"""Several adapters in one model's layers: what sounds is stacked, silent ones wait beside and cost nothing.
+
+A change of what sounds copies factors into the stack; a change of weights alone writes numbers into one flat tensor of
+gains, which the layers see as views. Merging writes the same sum into the weights and keeps the untouched ones.
+
+Shapes: G rows of weights (1, or one for each row of the batch), L layers of one adapter, O/I/R as in layers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_vision.errors import AdapterError, BaseModelError
+from lora_vision.factors import Factors, Full, LowRank
+from lora_vision.layers import (
+    LoraLayer,
+    base_tensor,
+    check_wrappable,
+    place,
+    put,
+    unwrap,
+    wrap,
+)
+
+Keep = Literal["device", "cpu", "nowhere"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One adapter, sorted by how its layers enter the sum; ``columns`` numbers its layers."""
+
+    columns: Mapping[str, int]
+    pairs: Mapping[str, LowRank]
+    dense: Mapping[str, Factors]
+
+
+@dataclass
+class Bank:
+    """The gains of all stacked layers of one device and dtype: one flat tensor [G, width], the layers hold views."""
+
+    layers: list[LoraLayer]
+    starts: list[int]
+    source: Tensor
+    unit: Tensor
+    flat: Tensor = field(init=False)
+
+    def fresh(self, rows: int) -> bool:
+        """Whether the layers still look into ``flat``; moving the model gives them tensors of their own."""
+        if self.flat.shape[0] != rows or place(self.layers[0]) != (self.flat.device, self.flat.dtype):
+            return False
+        origin, size = self.flat.data_ptr(), self.flat.element_size()
+        views = zip(self.layers, self.starts, strict=True)
+        return all(x.lora_gain is not None and x.lora_gain.data_ptr() == origin + at * size for x, at in views)
+
+
+class Stack:
+    """The adapters of one set of layers. Nothing here decides what should sound: see Blend."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], reserve: Mapping[str, int] | None = None) -> None:
+        """A stack without adapters.
+
+        Args:
+            layers: True name to module, as ``names.index`` gives them.
+            reserve: Layers whose stack is never narrower than that many ranks, so that a compiled model stays valid.
+        """
+        self.layers = layers
+        self.loaded: dict[str, Loaded] = {}
+        self.sounding: tuple[str, ...] = ()
+        self.merged: dict[str, Tensor] = {}
+        self._reserve = dict(reserve or {})
+        self._banks: list[Bank] = []
+        self._mode = (1, False)
+        self._originals: dict[str, dict[str, Tensor]] = {}
+        self._forgotten: set[str] = set()
+        for name in self._reserve:
+            check_wrappable(name, layers[name])
+        for name in self._reserve:
+            wrap(layers[name])
+        for name in self._reserve:
+            self._restack(name)
+        self._banks = self._filed()
+
+    def add(self, name: str, changes: Mapping[str, Factors]) -> None:
+        """Registers an adapter, silent; its layers can hold it from now on.
+
+        Args:
+            name: What to call it.
+            changes: True layer name to factors; every one must fit its layer.
+
+        Raises:
+            AdapterError: A layer cannot be adapted; nothing was changed.
+        """
+        pairs: dict[str, LowRank] = {}
+        dense: dict[str, Factors] = {}
+        for layer, factors in changes.items():
+            check_wrappable(layer, self.layers[layer])
+            pair = None if isinstance(self.layers[layer], nn.LayerNorm | nn.GroupNorm) else factors.low_rank()
+            if pair is None:
+                dense[layer] = factors
+                continue
+            pairs[layer] = pair
+            if factors.bias is not None:
+                dense[layer] = Full(bias=factors.bias)
+        for layer in changes:
+            wrap(self.layers[layer])
+        self.loaded[name] = Loaded({layer: at for at, layer in enumerate(changes)}, pairs, dense)
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter that neither sounds nor is merged; layers no other adapter uses are plain again."""
+        gone = self.loaded.pop(name)
+        used = {layer for other in self.loaded.values() for layer in other.columns} | self._reserve.keys()
+        for layer in gone.columns.keys() - used:
+            unwrap(self._wrapped(layer))
+
+    def apply(self, weights: Mapping[str, Tensor]) -> None:
+        """Lets exactly these adapters sound, at these weights [G, L] (float32, CPU); zeros are silent."""
+        weights = {name: value for name, value in weights.items() if bool(value.any())}
+        rows = max((value.shape[0] for value in weights.values()), default=1)
+        self.arrange(weights, rows)
+        self.write(weights)
+
+    def arrange(self, sounding: Iterable[str], rows: int = 1, fluid: bool = False) -> None:
+        """Puts the factors of these adapters into the stack; a weight for each must be written next.
+
+        Args:
+            sounding: Adapter names; those that did not sound before are appended to the stack.
+            rows: G, how many different rows of weights there will be.
+            fluid: Weights will change often, so dense changes are kept apart instead of summed into one weight.
+        """
+        before, wanted = self.sounding, dict.fromkeys(sounding)
+        mode, self._mode = self._mode, (rows, fluid or rows > 1)
+        self.sounding = (*(name for name in before if name in wanted), *sorted(wanted.keys() - set(before)))
+        changed = set(before) ^ set(self.sounding)
+        known = [self.loaded[name] for name in changed if name in self.loaded]
+        appended = self.sounding[: len(before)] == before
+        for layer in {layer for loaded in known for layer in loaded.pairs}:
+            self._restack(layer, len(before) if appended else 0)
+        restless = known if mode == self._mode else self.loaded.values()
+        for layer in {layer for loaded in restless for layer in loaded.dense}:
+            self._arrange_dense(layer)
+        if changed:
+            self._banks = self._filed()
+
+    def write(self, weights: Mapping[str, Tensor]) -> None:
+        """Sets the weights [G, L] of the sounding adapters: numbers only, no weight moves, nothing recompiles."""
+        rows = self._mode[0]
+        if any(not bank.fresh(rows) for bank in self._banks):
+            self._banks = self._filed()
+        if not self.sounding:
+            return
+        values = torch.cat([weights[name].expand(rows, -1) for name in self.sounding], dim=1)
+        for bank in self._banks:
+            bank.flat.copy_(values[:, bank.source] * bank.unit)
+        for layer in {layer for name in self.sounding for layer in self.loaded[name].dense}:
+            self._write_dense(layer, weights)
+
+    def merge(self, weights: Mapping[str, Tensor], keep: Keep = "device") -> None:
+        """Writes exactly these adapters, at these weights [1, L], into the model's weights, from the untouched ones.
+
+        Computed in float32 and rounded once. Adapters that sound must not be among them; see ``restore``.
+
+        Args:
+            weights: Adapter name to one weight for each of its layers.
+            keep: Where the untouched weights wait: beside the model, in CPU memory, or ``"nowhere"``.
+
+        Raises:
+            BaseModelError: The weights are parked by an offload hook, or the untouched ones were not kept.
+            AdapterError: Rows have different weights.
+        """
+        if any(value.shape[0] != 1 for value in weights.values()):
+            raise AdapterError("different weights for each row cannot be merged; set one weight for all rows first")
+        touched = {layer for name in {*self.merged, *weights} for layer in self.loaded[name].columns}
+        for layer in touched:
+            shifts = any(
+                layer in self.loaded[name].dense and self.loaded[name].dense[layer].bias is not None for name in weights
+            )
+            if shifts and self._wrapped(layer).bias is None:
+                raise AdapterError(f"{layer} has no bias but the adapter adds one: it can be live, not merged")
+            if self._wrapped(layer).weight.device.type == "meta":
+                raise BaseModelError(f"{layer} is parked by CPU offload; merge before turning offload on, or use live")
+            if layer in self._forgotten:
+                raise BaseModelError(f"{layer} was merged with keep='nowhere': its untouched weight is gone")
+        self.merged = dict(sorted(weights.items()))
+        with torch.no_grad():
+            for layer in touched:
+                self._merge_layer(layer, keep)
+
+    def restore(self) -> None:
+        """Puts every untouched weight back, bit for bit; nothing is merged afterwards.
+
+        Raises:
+            BaseModelError: They were not kept.
+        """
+        if self._forgotten:
+            raise BaseModelError("merged with keep='nowhere': the untouched weights are gone; load the base again")
+        self.merge({})
+
+    def clear(self) -> None:
+        """Takes everything out: merged weights restored (if kept), all layers plain again."""
+        if not self._forgotten:
+            self.restore()
+        self.sounding, self._banks, self.merged, self._reserve = (), [], {}, {}
+        for name in list(self.loaded):
+            self.remove(name)
+        for layer in self.layers.values():
+            if isinstance(layer, LoraLayer):
+                unwrap(layer)
+
+    def _wrapped(self, layer: str) -> LoraLayer:
+        module = self.layers[layer]
+        assert isinstance(module, LoraLayer), layer
+        return module
+
+    def _untouched(self, layer: str, name: str) -> Tensor | None:
+        kept = self._originals.get(layer, {})
+        return kept[name] if name in kept else base_tensor(self._wrapped(layer), name)
+
+    def _restack(self, name: str, first: int = 0) -> None:
+        """Copies the factors of the sounding adapters, from the first on, into one layer, in place where they fit."""
+        layer = self._wrapped(name)
+        pairs = [self.loaded[a].pairs.get(name) for a in self.sounding]
+        at = sum(pair.rank for pair in pairs[:first] if pair)
+        width = max(sum(pair.rank for pair in pairs if pair), self._reserve.get(name, 0))
+        if not width:
+            put(layer, lora_down=None, lora_up=None, lora_gain=None)
+            return
+        down, up = _room(layer, width, at)
+        for pair in pairs[first:]:
+            if pair:
+                down[at : at + pair.rank].copy_(pair.down.reshape(pair.rank, *down.shape[1:]))
+                up[:, at : at + pair.rank].copy_(pair.up.flatten(1))
+                at += pair.rank
+        down[at:].zero_()
+        up[:, at:].zero_()
+
+    def _filed(self) -> list[Bank]:
+        """New banks of gains, filled with zeros, for every stacked layer; the layers look into them."""
+        offsets, total = {}, 0
+        for adapter in self.sounding:
+            offsets[adapter] = total
+            total += len(self.loaded[adapter].columns)
+        stacked = {name: None for a in self.sounding for name in self.loaded[a].pairs} | dict.fromkeys(self._reserve)
+        groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+        for name in stacked:
+            groups.setdefault(place(self._wrapped(name)), []).append(name)
+        return [self._bank(names, offsets, at) for at, names in groups.items()]
+
+    def _bank(self, names: list[str], offsets: Mapping[str, int], at: tuple[torch.device, torch.dtype]) -> Bank:
+        sources, units, repeats, starts, layers, end = [], [], [], [], [], 0
+        for name in names:
+            layer = self._wrapped(name)
+            assert layer.lora_down is not None
+            starts.append(end)
+            layers.append(layer)
+            spare = len(layer.lora_down)
+            for adapter in self.sounding:
+                loaded = self.loaded[adapter]
+                if name in loaded.pairs:
+                    pair = loaded.pairs[name]
+                    sources.append(offsets[adapter] + loaded.columns[name])
+                    units.append(pair.scale)
+                    repeats.append(pair.rank)
+                    spare -= pair.rank
+            sources.append(0)
+            units.append(0.0)
+            repeats.append(spare)
+            end += len(layer.lora_down)
+        times = torch.tensor(repeats)
+        bank = Bank(
+            layers,
+            starts,
+            torch.tensor(sources).repeat_interleave(times),
+            torch.tensor(units).repeat_interleave(times),
+        )
+        bank.flat = torch.zeros(self._mode[0], end, device=at[0], dtype=at[1])
+        for layer, start, stop in zip(layers, starts, [*starts[1:], end], strict=True):
+            gain = bank.flat[:, start:stop]
+            put(layer, lora_gain=gain.view(1, -1) if len(gain) == 1 else gain)  # strides alike whatever the total
+        return bank
+
+    def _arrange_dense(self, name: str) -> None:
+        """Makes room for the dense changes of a layer: apart when fluid, else nothing (``_write_dense`` sums them)."""
+        layer = self._wrapped(name)
+        rows, fluid = self._mode
+        put(layer, lora_weight=None, lora_bias=None, lora_dense=None, lora_dense_bias=None, lora_share=None)
+        if not fluid:
+            return
+        weight, bias = self._untouched(name, "weight"), self._untouched(name, "bias")
+        assert weight is not None
+        device, dtype = place(layer)
+        found = [self.loaded[a].dense[name] for a in self.sounding if name in self.loaded[a].dense]
+        if not found:
+            return
+        changes = torch.stack([f.delta(weight).to(device, dtype) for f in found])
+        biases = torch.zeros(len(found), weight.shape[0], device=device, dtype=dtype)
+        for row, factors in zip(biases, found, strict=True):
+            if (shift := factors.bias_delta(bias)) is not None:
+                row.copy_(shift.flatten())
+        share = torch.zeros(rows, len(found), device=device, dtype=dtype)
+        put(layer, lora_dense=changes, lora_dense_bias=biases, lora_share=share)
+
+    def _write_dense(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        layer = self._wrapped(name)
+        found = [(a, self.loaded[a].dense[name]) for a in self.sounding if name in self.loaded[a].dense]
+        columns = torch.stack([weights[a][:, self.loaded[a].columns[name]].expand(self._mode[0]) for a, _ in found], 1)
+        if layer.lora_share is not None:
+            layer.lora_share.copy_(columns)
+            return
+        parts = [(factors, float(share)) for (_, factors), share in zip(found, columns[0], strict=True)]
+        device, dtype = place(layer)
+        weight, bias = self._dense_sum(name, parts)
+        put(
+            layer,
+            lora_weight=None if weight is None else weight.to(device, dtype),
+            lora_bias=None if bias is None else bias.to(device, dtype),
+        )
+
+    def _dense_sum(self, name: str, parts: list[tuple[Factors, float]]) -> tuple[Tensor | None, Tensor | None]:
+        """The layer's present weight and bias plus these changes, float32; None where nothing changes."""
+        layer = self._wrapped(name)
+        weight, bias = base_tensor(layer, "weight"), base_tensor(layer, "bias")
+        base, base_bias = self._untouched(name, "weight"), self._untouched(name, "bias")
+        assert weight is not None and base is not None
+        total: Tensor | None = None
+        shift: Tensor | None = None
+        for factors, share in parts:
+            if not (isinstance(factors, Full) and factors.diff is None):
+                total = weight.float() if total is None else total
+                total = total.add(factors.delta(base).to(total.device), alpha=share)
+            if (extra := factors.bias_delta(base_bias)) is not None:
+                start = torch.zeros(len(base)) if bias is None else bias.float()
+                shift = (start if shift is None else shift).add(extra.to(start.device).flatten(), alpha=share)
+        return total, shift
+
+    def _merge_layer(self, name: str, keep: Keep) -> None:
+        """Weight and bias = untouched + every merged change, float32, rounded once."""
+        layer = self._wrapped(name)
+        parts, pairs = [], []
+        for adapter, weights in self.merged.items():
+            loaded = self.loaded[adapter]
+            if name not in loaded.columns:
+                continue
+            share = float(weights[0, loaded.columns[name]])
+            if name in loaded.pairs and share:
+                pairs.append((loaded.pairs[name], share))
+            if name in loaded.dense and share:
+                parts.append((loaded.dense[name], share))
+        kept = self._originals.pop(name, {})
+        for attribute, original in kept.items():
+            held = getattr(layer, attribute)
+            held.data = original.to(held.device, held.dtype)
+        weight, bias = self._dense_sum(name, parts)
+        if pairs:
+            weight = _added(layer.weight if weight is None else weight, pairs)
+        for attribute, value in (("weight", weight), ("bias", bias)):
+            if value is None:
+                continue
+            held = getattr(layer, attribute)
+            if keep == "nowhere":
+                self._forgotten.add(name)
+            else:
+                original = held.data.to("cpu") if keep == "cpu" else held.data
+                self._originals.setdefault(name, {})[attribute] = original
+            held.data = value.to(held.dtype)
+
+
+def _room(layer: LoraLayer, width: int, kept: int) -> tuple[Tensor, Tensor]:
+    """The layer's own down [width, I] and up [O, width], the first ``kept`` ranks still in them.
+
+    Ranks are the slow dimension of both in memory and the memory doubles when it runs out, so that adding the eighth
+    adapter copies the eighth alone.
+    """
+    shape, (device, dtype) = layer.weight.shape, place(layer)
+    found = []
+    for old, size in ((layer.lora_down, shape[1:]), (None if layer.lora_up is None else layer.lora_up.t(), shape[:1])):
+        usable = old is not None and (old.device, old.dtype) == (device, dtype) and old.is_contiguous()
+        if (
+            old is not None
+            and usable
+            and old.untyped_storage().nbytes() >= width * old[0].nbytes
+            and (kept or len(old) == width)
+        ):
+            new = old.as_strided((width, *size), old.stride())
+        else:
+            new = torch.empty(max(width, 2 * kept), *size, device=device, dtype=dtype)[:width]
+            if old is not None and kept:
+                new[:kept] = old[:kept]
+        found.append(new)
+    down, up = found[0], found[1].t()
+    put(layer, lora_down=down, lora_up=up)
+    return down, up
+
+
+def _added(weight: Tensor, pairs: list[tuple[LowRank, float]]) -> Tensor:
+    """weight + Σ share · delta of each pair, float32, as one product of the stacked factors."""
+    at, exact = weight.device, torch.float32
+    up = torch.cat([pair.up.to(at, exact).flatten(1) * (pair.scale * share) for pair, share in pairs], dim=1)
+    down = torch.cat([pair.down.to(at, exact).flatten(1) for pair, _ in pairs])
+    return torch.addmm(weight.float().flatten(1), up, down).view(weight.shape)
