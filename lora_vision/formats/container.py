@@ -1,0 +1,236 @@
+"""The safetensors container: eight bytes of header length, a JSON header, the tensors' bytes. Read without torch.
+
+Stricter than JSON readers are by themselves: every entry is checked before a byte of data is touched, so that a file
+that lies about sizes, offsets, types or names is refused and never half read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_vision.errors import AdapterError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER = 16 << 20
+MAX_TENSORS = 65_536
+# Bytes of one element, in the order in which safetensors sorts tensors when it writes (last first).
+ITEM = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "F16": 2, "BF16": 2}
+ITEM |= {"I32": 4, "F32": 4, "F64": 8, "I64": 8}
+_TORCH = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn"}
+_TORCH |= {"I16": "int16", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "F32": "float32", "F64": "float64"}
+_TORCH |= {"I64": "int64"}
+_NAMES = {torch_name: name for name, torch_name in _TORCH.items()}
+_LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor as the header describes it: type, shape, and its bytes counted from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A file's header: tensors by key, the strings beside them, and where the data starts in the file."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    start: int
+
+
+def header_length(first: bytes, size: int) -> int:
+    """Returns the length of the header in bytes.
+
+    Args:
+        first: the first bytes of the file, at least 200 of them if it has so many.
+        size: of the whole file in bytes.
+
+    Raises:
+        AdapterError: this is no safetensors file, or it is cut short; says what it is instead if that can be told.
+    """
+    if first.startswith(b"version https://git-lfs"):
+        raise AdapterError("this is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        raise AdapterError("this is a torch pickle (.pt, .bin, .ckpt); allow it with allow_pickle=True if you trust it")
+    if first.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise AdapterError("this is a web page, not an adapter; download the file itself")
+    if size < 8:
+        raise AdapterError(f"the file has {size} bytes; a safetensors file has at least 8")
+    (length,) = struct.unpack("<Q", first[:8])
+    if first[8:9] not in (b"{", b"") or length < 2:
+        raise AdapterError("this is no safetensors file: no header follows the first eight bytes")
+    if length > MAX_HEADER:
+        raise AdapterError(f"the header claims {length} bytes; at most {MAX_HEADER} are accepted")
+    if 8 + length > size:
+        raise AdapterError(
+            f"the file is cut short: its header claims {length} bytes, the file has {size}; download it again"
+        )
+    return int(length)
+
+
+def parse(text: bytes, size: int) -> Header:
+    """Returns the checked header.
+
+    Args:
+        text: the header's bytes.
+        size: of the whole file in bytes.
+
+    Raises:
+        AdapterError: anything in the header is wrong, is missing or does not fill the file exactly.
+    """
+    if text.count(b'"data_offsets"') > MAX_TENSORS or text.count(b"[") > 4 * MAX_TENSORS:
+        raise AdapterError(f"the header lists more than {MAX_TENSORS} tensors; that is no adapter")
+    try:
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"the header is no valid JSON: {str(error)[:200]!a}") from None
+    if not isinstance(content, dict):
+        raise AdapterError(f"the header is a JSON {type(content).__name__}; expected an object")
+    metadata = content.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterError("the header's __metadata__ holds something else than strings")
+    entries = {key: _entry(key, value) for key, value in content.items()}
+    _check_layout(entries, size - 8 - len(text))
+    return Header(entries, metadata, 8 + len(text))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the object, refusing a key given twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise AdapterError(f"the header names {twice[:200]!a} twice")
+    return found
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise AdapterError(f"the header holds {constant}, which is no JSON")
+
+
+def _entry(key: str, value: Any) -> Entry:
+    """Returns one checked entry."""
+    try:
+        dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError):
+        raise AdapterError(f"the header's entry for {key[:200]!a} is not a dtype, a shape and two offsets") from None
+    if not isinstance(dtype, str) or dtype not in ITEM:
+        raise AdapterError(f"{key[:200]!a} has the type {str(dtype)[:50]!a}; expected one of {', '.join(ITEM)}")
+    if not whole or len(shape) > 8 or math.prod(shape) * ITEM[dtype] != end - begin:
+        raise AdapterError(
+            f"{key[:200]!a} claims the shape {str(shape)[:100]} in bytes {str((begin, end))[:100]}, which do not agree"
+        )
+    return Entry(dtype, tuple(shape), begin, end)
+
+
+def _check_layout(entries: Mapping[str, Entry], available: int) -> None:
+    """Raises AdapterError unless the tensors fill the data without gaps, overlaps or bytes to spare."""
+    position = 0
+    for begin, end, key in sorted((entry.begin, entry.end, key) for key, entry in entries.items()):
+        if begin != position:
+            raise AdapterError(f"{key[:200]!a} starts at byte {begin} of the data, where byte {position} is next")
+        position = end
+    if position > available:
+        raise AdapterError(
+            f"the file is cut short: its tensors take {position} bytes, it has {available}; download it again"
+        )
+    if position < available:
+        raise AdapterError(f"the file has {available - position} bytes after its last tensor that nothing explains")
+
+
+def tensors(header: Header, data: Any) -> dict[str, Tensor]:
+    """Returns the tensors as views of the file's bytes, in the types they are stored in.
+
+    Args:
+        header: of the file.
+        data: the whole file as a writable buffer (a private memory map).
+    """
+    import torch
+
+    flat = torch.frombuffer(data, dtype=torch.uint8)
+    found: dict[str, Tensor] = {}
+    for key, entry in header.entries.items():
+        piece = flat[header.start + entry.begin : header.start + entry.end]
+        if (header.start + entry.begin) % ITEM[entry.dtype]:
+            piece = piece.clone()  # a header of odd length: torch views need aligned bytes
+        found[key] = piece.view(getattr(torch, _TORCH[entry.dtype])).view(entry.shape)
+    return found
+
+
+def scalar(entry: Entry, raw: bytes) -> float | None:
+    """Returns a one-element tensor's number without torch, or None for types that need it."""
+    code = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}.get(
+        entry.dtype
+    )
+    if entry.dtype == "BF16":
+        code, raw = "f", b"\0\0" + raw
+    return float(struct.unpack("<" + code, raw)[0]) if code and entry.end > entry.begin else None
+
+
+def serialise(found: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[memoryview]]:
+    """Returns (header, data pieces) of a file, byte for byte the same for the same content.
+
+    Tensors lie in the order safetensors itself writes (widest type first, then by name), keys are sorted. For files
+    with `ss_*` metadata the two hashes kohya's tools look for are added.
+    """
+    import torch
+
+    order = list(ITEM)
+    named = {key: _NAMES.get(str(tensor.dtype).removeprefix("torch."), "") for key, tensor in found.items()}
+    if bad := next((key for key, dtype in named.items() if not dtype), None):
+        raise AdapterError(f"{bad} holds {found[bad].dtype}, which safetensors cannot store")
+    keys = sorted(found, key=lambda key: (-order.index(named[key]), key))
+    entries: dict[str, Any] = {}
+    pieces: list[memoryview] = []
+    position = 0
+    for key in keys:
+        flat = found[key].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        pieces.append(memoryview(flat.numpy().data))
+        entries[key] = {
+            "dtype": named[key],
+            "shape": list(found[key].shape),
+            "data_offsets": [position, position + flat.numel()],
+        }
+        position += flat.numel()
+    if any(key.startswith("ss_") for key in metadata):
+        metadata = {**metadata, **_hashes(entries, metadata, pieces)}
+    return _header_bytes(entries, metadata), pieces
+
+
+def _header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """Returns the length and the JSON header, padded with spaces so that the data starts at a multiple of 8."""
+    content = {"__metadata__": dict(sorted(metadata.items())), **entries} if metadata else entries
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _hashes(entries: Mapping[str, Any], metadata: Mapping[str, str], pieces: Iterable[memoryview]) -> dict[str, str]:
+    """Returns `sshs_model_hash` and `sshs_legacy_hash` as kohya's `precalculate_safetensors_hashes` computes them.
+
+    The first is the sha256 of all tensor bytes; the second eight digits of the sha256 of 64 KiB at offset 1 MiB of a
+    file that holds only the `ss_*` metadata.
+    """
+    whole, legacy = hashlib.sha256(), hashlib.sha256()
+    header = _header_bytes(entries, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    position = 0
+    for piece in (memoryview(header), *pieces):
+        if position:
+            whole.update(piece)
+        begin, end = _LEGACY_START - position, _LEGACY_START + _LEGACY_BYTES - position
+        legacy.update(piece[max(begin, 0) : max(end, 0)])
+        position += len(piece)
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
