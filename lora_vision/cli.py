@@ -22,6 +22,8 @@ from lora_vision.errors import LoraVisionError
 
 PROGRAM = "lora-vision"
 PACKAGE = Path(__file__).parent
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+"""Whether this process speaks for all those that `accelerate launch` started."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,10 @@ class Command:
 
 def train_style(settings: config.StyleConfig) -> tuple[str, Any]:
     """The adapter file that was trained, and how the training went."""
-    result = script("train_style").train(settings)
-    return f"wrote {settings.output}", result
+    output = script("train_style").run(settings)
+    folder = output.with_name(f"{output.stem}-training")
+    history = json.loads((folder / "history.json").read_text()) if MAIN_PROCESS else {}
+    return str(output), {"file": output, "folder": folder, **history}
 
 
 def generate(settings: config.GenerateConfig) -> tuple[str, Any]:
@@ -122,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         text, data = command.run(settings)
-        sys.stdout.write((json.dumps(data, indent=2, default=str) if "json" in switches else text) + "\n")
+        if MAIN_PROCESS:
+            sys.stdout.write((json.dumps(data, indent=2, default=str) if "json" in switches else text) + "\n")
         return 0
     except LoraVisionError as error:
         problem = str(error)
