@@ -1,4 +1,4 @@
-"""ComfyUI and OneTrainer native keys, read only: `diffusion_model.<sgm path>.lora_A.weight`, `text_encoders.clip_l...`."""
+"""Native keys of ComfyUI and OneTrainer: `diffusion_model.<sgm path>.lora_A.weight`, `text_encoders...`. Read only."""
 
 from __future__ import annotations
 

@@ -65,9 +65,6 @@ def read(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Reading:
         path, leaf = vocabulary.split(key) or _whole(key)
         path = path.removeprefix(_ROOT)
         name = f"{part}.{names.classic(part, path)}"
-        if leaf in ("new_weight", "new_bias") and part == "vit" and "base_layer" not in key:
-            found.extras[f"{name}.{leaf.removeprefix('new_')}"] = tensor  # a head: PEFT's modules_to_save
-            continue
         found.add(key, name if names.known(name) else None, leaf, tensor)
         modules[name] = path
     for name, leaves in found.layers.items():
