@@ -257,7 +257,7 @@ class Kronecker(Factors):
     def _delta(self, base: Tensor | None) -> Tensor:
         first = _factor(self.w1, self.w1_a, self.w1_b, None)
         second = _factor(self.w2, self.w2_a, self.w2_b, self.t2)
-        change = torch.kron(first.reshape(*first.shape, *(1,) * (second.dim() - 2)), second) * self.scale
+        change = torch.kron(first.reshape(*first.shape, *(1,) * (second.dim() - 2)), second.contiguous()) * self.scale
         return change if self.shape is None else change.reshape(self.shape)
 
 

@@ -123,7 +123,7 @@ def inject(parts: Mapping[str, nn.Module], config: LoraConfig) -> list[nn.Parame
         raise AdapterError(f"rank {config.rank} and alpha {alpha}; expected a rank of at least 1 and a finite alpha")
     refuse_peft(parts)
     layers = names.index(parts)
-    _refuse_wrapped(layers)
+    refuse_adapted(layers)
     chosen = select(config.targets, layers)
     for name in chosen:
         check_wrappable(name, layers[name])
@@ -166,7 +166,7 @@ def attach(parts: Mapping[str, nn.Module], adapter: Adapter, scale: float = 1.0,
     """
     refuse_peft(parts)
     layers = names.index(parts)
-    _refuse_wrapped(layers)
+    refuse_adapted(layers)
     report = compare(adapter, layers, strict)
     stack = Stack(layers)
     stack.add("adapter", {name: adapter.layers[name] for name in report.matched})
@@ -182,7 +182,12 @@ def detach(parts: Mapping[str, nn.Module]) -> None:
                 unwrap(module)
 
 
-def _refuse_wrapped(layers: Mapping[str, nn.Module]) -> None:
+def refuse_adapted(layers: Mapping[str, nn.Module]) -> None:
+    """Nothing, unless one of these layers is wrapped already.
+
+    Raises:
+        BaseModelError: It is.
+    """
     for name, layer in layers.items():
         if isinstance(layer, LoraLayer):
             raise BaseModelError(f"{name} already carries an adapter; call detach first, or use one Blend for several")

@@ -124,6 +124,7 @@ class Stack:
         self.arrange(weights, rows)
         self.write(weights)
 
+    @torch.no_grad()
     def arrange(self, sounding: Iterable[str], rows: int = 1, fluid: bool = False) -> None:
         """Puts the factors of these adapters into the stack; a weight for each must be written next.
 
@@ -146,6 +147,7 @@ class Stack:
         if changed:
             self._banks = self._filed()
 
+    @torch.no_grad()
     def write(self, weights: Mapping[str, Tensor]) -> None:
         """Sets the weights [G, L] of the sounding adapters: numbers only, no weight moves, nothing recompiles."""
         rows = self._mode[0]
@@ -159,6 +161,7 @@ class Stack:
         for layer in {layer for name in self.sounding for layer in self.loaded[name].dense}:
             self._write_dense(layer, weights)
 
+    @torch.no_grad()
     def merge(self, weights: Mapping[str, Tensor], keep: Keep = "device") -> None:
         """Writes exactly these adapters, at these weights [1, L], into the model's weights, from the untouched ones.
 
@@ -186,9 +189,8 @@ class Stack:
             if layer in self._forgotten:
                 raise BaseModelError(f"{layer} was merged with keep='nowhere': its untouched weight is gone")
         self.merged = dict(sorted(weights.items()))
-        with torch.no_grad():
-            for layer in touched:
-                self._merge_layer(layer, keep)
+        for layer in touched:
+            self._merge_layer(layer, keep)
 
     def restore(self) -> None:
         """Puts every untouched weight back, bit for bit; nothing is merged afterwards.
@@ -220,6 +222,7 @@ class Stack:
         kept = self._originals.get(layer, {})
         return kept[name] if name in kept else base_tensor(self._wrapped(layer), name)
 
+    @torch.no_grad()
     def _restack(self, name: str, first: int = 0) -> None:
         """Copies the factors of the sounding adapters, from the first on, into one layer, in place where they fit."""
         layer = self._wrapped(name)
