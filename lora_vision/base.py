@@ -154,7 +154,9 @@ class Base:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
         """This base, every part of it moved."""
         for part in (*self.parts.values(), self.vae):
-            part.to(device, dtype)
+            part.to(device)
+            if part.dtype != dtype:
+                part.to(dtype)
         return self
 
     def pipeline(self) -> Any:
@@ -192,7 +194,7 @@ class Base:
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [B, C, h, w] of the latents, scaled for the UNet, of pixels [B, 3, H, W] in [-1, 1]."""
+        """Mean and standard deviation [B, C, h, w] of the scaled latents of pixels [B, 3, H, W] in [-1, 1]."""
         posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (posterior.mean - shift) * self.vae.config.scaling_factor, posterior.std * self.vae.config.scaling_factor

@@ -112,7 +112,7 @@ def read_pictures(folder: str | Path, *, trigger: str | None = None, holdout: fl
 
 
 def load_pixels(path: Path, resolution: int) -> Tensor:
-    """Pixels [3, resolution, resolution] in [-1, 1] of a picture, scaled to cover the square, then cropped to its middle.
+    """Pixels [3, resolution, resolution] in [-1, 1]: the middle of a picture that is scaled to cover the square.
 
     EXIF rotation is applied, transparency put on white; grayscale, palette, CMYK and 16-bit pictures become RGB.
 

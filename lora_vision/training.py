@@ -128,10 +128,7 @@ def fit(job: Job, config: FitConfig, accelerator: Accelerator) -> Fitted:
         TrainingError: Where the checkpoint is of another run, or gradients stay non-finite.
         ValueError: Where a parameter is not float32, or something else in the loss would be trained.
     """
-    if config.steps is None or config.batch_size is None or config.learning_rate is None:
-        raise ValueError("fit() needs steps, batch_size and learning_rate; StyleConfig.filled() sets them")
-    _check_parameters(job)
-    return _Run(job, config, accelerator, config.steps, config.batch_size, config.learning_rate).train()
+    return Run(job, config, accelerator).train()
 
 
 def _check_parameters(job: Job) -> None:
@@ -145,19 +142,21 @@ def _check_parameters(job: Job) -> None:
         raise ValueError(f"expected exactly the job's parameters to be trainable; found also {extra[:3]}")
 
 
-class _Run:
-    """The state of one run: parameters, optimizer, history, position."""
+class Run:
+    """One run on its way: parameters, optimizer, history, number of steps done."""
 
-    def __init__(
-        self, job: Job, config: FitConfig, accelerator: Accelerator, steps: int, batch_size: int, rate: float
-    ) -> None:
+    def __init__(self, job: Job, config: FitConfig, accelerator: Accelerator) -> None:
+        """The run at its beginning or, if config.resume says so, at its checkpoint; raises as fit() does."""
+        if config.steps is None or config.batch_size is None or config.learning_rate is None:
+            raise ValueError("steps, batch_size and learning_rate are open; StyleConfig.filled() sets them")
+        _check_parameters(job)
         self.job, self.config, self.accelerator = job, config, accelerator
-        self.steps, self.batch_size, self.rate = steps, batch_size, rate
+        self.steps, self.batch_size, self.rate = config.steps, config.batch_size, config.learning_rate
         self.history = History()
         self.best: list[Tensor] | None = None
         self.done = 0
         self.failures = 0
-        optimizer = torch.optim.AdamW(job.parameters, lr=rate, weight_decay=config.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(job.parameters, lr=self.rate, weight_decay=config.weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(job.loss, optimizer)
         if config.resume:
             self._load()
@@ -176,9 +175,8 @@ class _Run:
             self._look(sample=bool(config.sample_every))
         smooth = None
         while self.done < self.steps:
-            loss = self._step()
+            loss = self.step()
             smooth = loss if smooth is None or math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
-            self.done += 1
             last = self.done == self.steps
             bar.set_postfix(loss=f"{smooth:.4f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}", refresh=False)
             bar.update()
@@ -191,8 +189,8 @@ class _Run:
         bar.close()
         return Fitted(self.history, self.best)
 
-    def _step(self) -> float:
-        """The loss of one optimizer step over all its micro-batches, taken unless its gradients are not finite."""
+    def step(self) -> float:
+        """The loss of the next optimizer step over all its micro-batches, taken unless its gradients are not finite."""
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.done, self.steps, self.rate, config.warmup)
@@ -210,6 +208,7 @@ class _Run:
         if finite or accelerator.scaler is not None:  # the scaler skips by itself, and must see that it should
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
         self._count(finite)
         mean = accelerator.reduce(torch.as_tensor(total), "mean") if accelerator.num_processes > 1 else total
         self.history.losses.append(float(mean))
@@ -221,11 +220,11 @@ class _Run:
         self.history.skipped += not finite
         if self.failures == PATIENCE:
             raise TrainingError(
-                f"gradients were not finite in {PATIENCE} steps up to step {self.done + 1}; lower --learning-rate "
+                f"gradients were not finite in {PATIENCE} steps up to step {self.done}; lower --learning-rate "
                 f"(now {self.rate:g}) or use --precision fp32"
             )
         if not finite:
-            logger.warning("step %d skipped: its gradients are not finite", self.done + 1)
+            logger.warning("step %d skipped: its gradients are not finite", self.done)
 
     def _look(self, *, validate: bool = False, sample: bool = False) -> None:
         """Validate and draw samples, changing neither weights nor random numbers."""
