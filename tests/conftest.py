@@ -53,3 +53,23 @@ def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from models import tiny_sd
 
     return tiny_sd(tmp_path_factory.mktemp("sd1"), "sd1")
+
+
+@pytest.fixture(scope="session")
+def sd1_adapters(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two random adapters for sd1_folder, far from zero, called ink and gold."""
+    import torch
+
+    from lora_vision.base import load_base
+    from lora_vision.config import LoraConfig
+    from lora_vision.files import save_adapter
+    from lora_vision.inject import collect, inject
+
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(["ink", "gold"]):
+        base = load_base(sd1_folder)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in inject({"unet": base.unet}, LoraConfig(rank=2, targets="attention")):
+            parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+        save_adapter(collect({"unet": base.unet}), folder / f"{name}.safetensors")
+    return folder / "ink.safetensors", folder / "gold.safetensors"

@@ -1,0 +1,240 @@
+"""Pictures are drawn as asked, and can be drawn again from nothing but themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_vision.config import GenerateConfig
+from lora_vision.errors import AdapterError, BaseModelError, DataError, LoraVisionError
+from lora_vision.generate import generate, read_recipe, read_voices
+
+Draw = Callable[..., list[Path]]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def differ(one: Path, other: Path) -> bool:
+    return not np.array_equal(pixels(one), pixels(other))
+
+
+@pytest.fixture
+def draw(sd1_folder: Path, tmp_path: Path) -> Draw:
+    """Draws with the random base; gives the files."""
+
+    def draw(*prompts: str, output: str = "out.png", **settings: object) -> list[Path]:
+        values = {"base": str(sd1_folder), "steps": 2, "output": str(tmp_path / output), **settings}
+        return [Path(picture["file"]) for picture in generate(GenerateConfig(prompts=prompts, **values))]
+
+    return draw
+
+
+def again(picture: Path, output: Path) -> Path:
+    """The picture drawn once more from its own metadata."""
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in read_recipe(picture)["config"].items()}
+    return Path(generate(GenerateConfig(**settings, output=str(output)))[0]["file"])
+
+
+def test_one_picture_goes_where_it_is_asked(draw: Draw, tmp_path: Path) -> None:
+    assert draw("a fox", output="fox.png") == [tmp_path / "fox.png"]
+    assert pixels(tmp_path / "fox.png").shape == (32, 32, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["fox.png"]
+
+
+def test_picture_is_the_stock_pipelines(draw: Draw, sd1_folder: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(sd1_folder, safety_checker=None)
+    generator = torch.Generator("cpu").manual_seed(3)
+    stock = pipe("a fox", num_inference_steps=2, guidance_scale=4.0, negative_prompt="red", generator=generator).images[
+        0
+    ]
+    (mine,) = draw("a fox", seed=3, guidance=4.0, negative="red")
+    assert np.abs(np.asarray(stock).astype(int) - pixels(mine)).max() <= 1
+
+
+def test_several_pictures_are_numbered_and_depend_on_their_own_recipe_only(draw: Draw) -> None:
+    files = draw("a fox", "a red apple", count=2, seed=5)
+    assert [file.name for file in files] == ["out-1.png", "out-2.png", "out-3.png", "out-4.png"]
+    recipes = [read_recipe(file)["config"] for file in files]
+    told = [(recipe["prompts"], recipe["seed"]) for recipe in recipes]
+    assert told == [(["a fox"], 5), (["a fox"], 6), (["a red apple"], 5), (["a red apple"], 6)]
+    assert differ(files[0], files[1]) and differ(files[0], files[2])
+    (alone,) = draw("a red apple", seed=6, output="alone.png")
+    assert not differ(alone, files[3])
+
+
+def test_a_picture_is_repeated_from_its_metadata_bit_for_bit(
+    draw: Draw, sd1_adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    ink, gold = sd1_adapters
+    settings = {"adapter": (f"{ink}:0.8", f"{gold}:-0.3"), "negative": "grün", "size": "40x32", "guidance": 2.5}
+    for picture in draw("a fox", "ein Fuchs, süß", seed=9, **settings):
+        repeated = again(picture, tmp_path / "again.png")
+        assert repeated.read_bytes() == picture.read_bytes()
+
+
+def test_metadata_tells_everything(draw: Draw, sd1_folder: Path, sd1_adapters: tuple[Path, Path]) -> None:
+    ink, _ = sd1_adapters
+    (picture,) = draw("a fox", seed=4, adapter=(f"{ink}:0.5",), negative="blur")
+    recipe = read_recipe(picture)
+    settled = {"steps": 2, "guidance": 3.0, "size": "32x32", "precision": "fp32", "seed": 4, "negative": "blur"}
+    assert settled.items() <= recipe["config"].items()
+    assert recipe["adapters"][0]["scale"] == 0.5
+    assert len(recipe["adapters"][0]["sha256"]) == len(recipe["base"]["fingerprint"]) == 64
+    assert {"lora_vision", "torch", "diffusers", "transformers"} == set(recipe["versions"])
+    lines = Image.open(picture).info["parameters"].splitlines()
+    assert lines[:2] == ["a fox <lora:ink:0.5>", "Negative prompt: blur"]
+    assert lines[2].startswith("Steps: 2, Sampler: DDIM, CFG scale: 3.0, Seed: 4, Size: 32x32, Model hash: ")
+
+
+def test_adapters_sound_at_their_scales_and_zero_is_the_base(draw: Draw, sd1_adapters: tuple[Path, Path]) -> None:
+    ink, gold = sd1_adapters
+    (base,) = draw("a fox", output="base.png")
+    drawn = {
+        scale: draw("a fox", adapter=(f"{ink}:{scale}",), output=f"{number}.png")[0]
+        for number, scale in enumerate((0, 0.1, 1))
+    }
+    (both,) = draw("a fox", adapter=(str(ink), str(gold)), output="both.png")
+    assert not differ(base, drawn[0])
+    change = [np.abs(pixels(drawn[scale]) - pixels(base)).sum() for scale in (0, 0.1, 1)]
+    assert change[0] < change[1] < change[2]
+    assert differ(both, drawn[1])
+
+
+def test_grid_has_prompts_down_and_adapters_across(draw: Draw, sd1_adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    adapters = tuple(map(str, sd1_adapters))
+    (grid,) = draw("a fox", "an apple", adapter=adapters, grid=True, output="grid.png")
+    columns = [(), adapters[:1], adapters[1:], adapters]
+    page = Image.open(grid)
+    side, gap = 128, 2
+    left, top = page.width - 4 * (side + gap), page.height - 2 * (side + gap)
+    for row, prompt in enumerate(["a fox", "an apple"]):
+        for column, chosen in enumerate(columns):
+            (single,) = draw(prompt, adapter=chosen, output="single.png")
+            x, y = left + column * (side + gap), top + row * (side + gap)
+            cell = np.asarray(page.crop((x, y, x + side, y + side))).astype(int)
+            whole = np.asarray(Image.open(single).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
+            assert np.abs(cell - whole).max() <= 2, (prompt, column)  # another order of the sum, another rounding
+    assert read_recipe(grid)["config"]["prompts"] == ["a fox", "an apple"]
+    assert again(grid, tmp_path / "again.png").read_bytes() == grid.read_bytes()
+
+
+def test_sdxl_draws_too(tmp_path: Path) -> None:
+    from models import tiny_sd
+
+    folder = tiny_sd(tmp_path / "sdxl", "sdxl")
+    config = GenerateConfig(prompts=("a fox",), base=str(folder), steps=2, output=str(tmp_path / "out.png"))
+    assert generate(config)[0]["base"]["family"] == "sdxl"
+    assert pixels(tmp_path / "out.png").shape == (32, 32, 3)
+
+
+def test_adapters_are_named_by_file_and_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("ink.safetensors", "with:colon", r"C:\styles\gold.safetensors"):
+        Path(name).write_bytes(name.encode())
+    texts = ["ink.safetensors", "ink.safetensors:0.8", "ink.safetensors:-1e-1", "with:colon", "with:colon:2"]
+    voices = read_voices([*texts, r"C:\styles\gold.safetensors", r"C:\styles\gold.safetensors:.5"])
+    assert [voice.scale for voice in voices] == [1, 0.8, -0.1, 1, 2, 1, 0.5]
+    assert [voice.file for voice in voices[:5]] == ["ink.safetensors"] * 3 + ["with:colon"] * 2
+    assert [voice.file for voice in voices[5:]] == [r"C:\styles\gold.safetensors"] * 2
+    assert len({voice.name for voice in voices}) == 7
+    assert [voice.name for voice in voices[:3]] == ["ink", "ink-2", "ink-3"]
+    assert voices[0].sha256 == voices[1].sha256 != voices[3].sha256
+
+
+@pytest.mark.parametrize("text", ["ink.safetensors:high", "ink.safetensors:", "ink.safetensors:nan", "absent:0.5", "x"])
+def test_wrong_adapters_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ink.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterError, match=f"--adapter {text}: "):
+        read_voices([text])
+
+
+def test_what_cannot_work_is_refused_and_leaves_nothing(
+    draw: Draw, sd1_adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    ink, _ = sd1_adapters
+    (tmp_path / "broken.safetensors").write_bytes(b"not an adapter")
+    with pytest.raises(LoraVisionError, match="no folder one can write to"):
+        draw("a fox", output="absent/out.png")
+    with pytest.raises(AdapterError, match=r"broken\.safetensors"):
+        draw("a fox", adapter=(str(tmp_path / "broken.safetensors"),))
+    with pytest.raises(BaseModelError, match="no base 'absent'"):
+        draw("a fox", base="absent")
+    with pytest.raises(LoraVisionError, match="'a fox' with seed 0 holds NaN or infinity in fp32"):
+        draw("a fox", adapter=(f"{ink}:1e38",))
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.safetensors"]
+
+
+def test_a_picture_that_was_half_written_is_not_left_behind(
+    draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old,) = draw("a fox")
+    before = old.read_bytes()
+
+    def full(self: Path, target: object) -> None:
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        draw("an apple")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+    assert old.read_bytes() == before
+
+
+def test_recipes_come_from_our_pictures_only(
+    draw: Draw, sd1_adapters: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "foreign.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("foreign.png", "text.png", "absent.png"):
+        with pytest.raises(DataError, match=f"{name} is no picture drawn by"):
+            read_recipe(tmp_path / name)
+    ink, gold = sd1_adapters
+    copy = tmp_path / "ink.safetensors"
+    copy.write_bytes(ink.read_bytes())
+    (picture,) = draw("a fox", adapter=(str(copy),))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        read_recipe(picture)
+        assert not caplog.records
+        copy.write_bytes(gold.read_bytes())
+        read_recipe(picture)
+    assert "is no longer the file that" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"prompts": ()}, "an empty prompt"),
+        ({"prompts": ("a", " ")}, "an empty prompt"),
+        ({"output": "out.jpg"}, "--output out.jpg"),
+        ({"count": 0}, "--count 0"),
+        ({"steps": 0}, "--steps 0"),
+        ({"guidance": -1.0}, "--guidance -1.0"),
+        ({"guidance": float("nan")}, "--guidance nan"),
+        ({"size": "100"}, "--size 100"),
+        ({"size": "64x64x64"}, "--size 64x64x64"),
+        ({"size": "big"}, "--size big"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(GenerateConfig(prompts=("a fox",)), **wrong)
+
+
+def test_size_is_one_number_or_two() -> None:
+    config = GenerateConfig(prompts=("a fox",))
+    assert config.pixels() is None
+    assert dataclasses.replace(config, size="64").pixels() == (64, 64)
+    assert dataclasses.replace(config, size="64x128").pixels() == (64, 128)
