@@ -56,6 +56,14 @@ def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded random SDXL, with both text encoders, in the diffusers folder layout."""
+    from models import tiny_sd
+
+    return tiny_sd(tmp_path_factory.mktemp("sdxl"), "sdxl")
+
+
+@pytest.fixture(scope="session")
 def sd1_adapters(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two random adapters for sd1_folder, far from zero, called ink and gold."""
     import torch
