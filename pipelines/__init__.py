@@ -1,0 +1,1 @@
+"""diffusers custom pipelines: stock pipelines whose call also takes adapters."""
