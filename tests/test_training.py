@@ -1,0 +1,260 @@
+"""The loop: resumed is unbroken bit for bit, accumulated is one large batch, and what cannot train is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor, nn
+
+from lora_vision.batches import generator
+from lora_vision.config import FitConfig
+from lora_vision.training import Job, Run, TrainingError, fit, learning_rate, make_accelerator, weight_dtype
+
+CONFIG = FitConfig(steps=12, batch_size=4, learning_rate=0.05, validate_every=3, checkpoint_every=5, precision="fp32")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate remembers the first precision it was given for the whole process."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+class Points(NamedTuple):
+    """Inputs [B, 3], outputs [B], and the timesteps that only count the rows."""
+
+    x: Tensor
+    y: Tensor
+    timesteps: Tensor
+
+
+def points(position: int, count: int) -> Points:
+    """Samples of y = x1 - 2 x2 + 3 x3, each depending on its position only."""
+    rows = [torch.randn(3, generator=generator(0, "point", place)) for place in range(position, position + count)]
+    x = torch.stack(rows)
+    return Points(x, x @ torch.tensor([1.0, -2.0, 3.0]), torch.zeros(count))
+
+
+class Line(nn.Module):
+    """The squared error of a linear guess, which takes a random number as dropout would."""
+
+    def __init__(self, *, noisy: bool = False, broken: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.noisy, self.broken, self.calls = noisy, broken, 0
+
+    def forward(self, batch: Points) -> Tensor:
+        errors = (batch.x * self.frozen) @ self.weight - batch.y
+        if self.training_calls() in self.broken:
+            errors = errors * math.nan
+        if self.noisy and torch.is_grad_enabled():
+            errors = errors * torch.rand(())
+        return errors.square().mean()
+
+    def training_calls(self) -> int:
+        self.calls += torch.is_grad_enabled()
+        return self.calls
+
+
+def job(folder: Path | None = None, *, stop: int | None = None, **options: Any) -> Job:
+    """The task of finding the line, in a run that a keyboard stops after so many samples."""
+    line = Line(**options)
+
+    def batch(position: int, count: int) -> Points:
+        if stop is not None and position >= stop:
+            raise KeyboardInterrupt
+        return points(position, count)
+
+    return Job(line, [line.weight], batch, held_out=[points(1000, 8), points(2000, 2)], folder=folder)
+
+
+def train(work: Job, config: FitConfig = CONFIG) -> tuple[Tensor, Any]:
+    """The trained weight and the outcome."""
+    fitted = fit(work, config, make_accelerator(config))
+    return work.parameters[0].detach().clone(), fitted
+
+
+def test_it_learns() -> None:
+    weight, fitted = train(job(), replace(CONFIG, steps=150, weight_decay=0.0, learning_rate=0.2))
+    torch.testing.assert_close(weight, torch.tensor([1.0, -2.0, 3.0]), rtol=0, atol=0.02)
+    assert len(fitted.history.losses) == 150 and fitted.history.losses[-1] < 1e-2 * fitted.history.losses[0]
+    assert min(fitted.history.validation) == 3 and max(fitted.history.validation) == 150
+
+
+@pytest.mark.parametrize("stop", [6, 10, 11])
+def test_a_resumed_run_is_the_unbroken_run(tmp_path: Path, stop: int) -> None:
+    torch.manual_seed(1)
+    whole, fitted = train(job(tmp_path / "whole", noisy=True))
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        train(job(tmp_path / "broken", noisy=True, stop=stop * 4))
+    torch.manual_seed(2)
+    resumed = job(tmp_path / "broken", noisy=True)
+    weight, again = train(resumed, replace(CONFIG, resume=True))
+    assert torch.equal(weight, whole)
+    assert again.history == fitted.history
+    assert all(torch.equal(one, other) for one, other in zip(again.best, fitted.best, strict=True))
+    kept = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "broken")]
+    first, second = (state["optimizer"]["state"][0] for state in kept)
+    assert all(torch.equal(first[key], second[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_a_finished_run_resumes_to_itself_and_can_be_made_longer(tmp_path: Path) -> None:
+    whole, fitted = train(job(tmp_path))
+    weight, again = train(job(tmp_path), replace(CONFIG, resume=True))
+    assert torch.equal(weight, whole) and again.history == fitted.history
+    longer, more = train(job(tmp_path), replace(CONFIG, resume=True, steps=20))
+    assert len(more.history.losses) == 20 and not torch.equal(longer, whole)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    train(replace(job(tmp_path), identity={"seed": 1, "rank": 4}))
+    with pytest.raises(TrainingError, match=r"of another run: rank 4 \(now 8\), seed 1 \(now None\); use its settings"):
+        train(replace(job(tmp_path), identity={"rank": 8}), replace(CONFIG, resume=True))
+
+
+def test_without_a_checkpoint_resuming_is_starting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weight, _ = train(job(tmp_path), replace(CONFIG, resume=True))
+    assert torch.equal(weight, train(job())[0]) and "starting from the beginning" in caplog.text
+
+
+def test_a_torn_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path: Path, monkeypatch: Any) -> None:
+    whole, _ = train(job(tmp_path / "whole"))
+    real = torch.save
+    saved: list[object] = []
+
+    def torn(state: object, file: Any) -> None:
+        saved.append(state)
+        if len(saved) < 2:
+            return real(state, file)
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError, match="No space left"):
+        train(job(tmp_path / "full"))
+    monkeypatch.undo()
+    weight, _ = train(job(tmp_path / "full"), replace(CONFIG, resume=True))
+    assert torch.equal(weight, whole)
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    large, _ = train(job(), replace(CONFIG, batch_size=8))
+    small, _ = train(job(), replace(CONFIG, batch_size=2, accumulate=4))
+    torch.testing.assert_close(small, large, rtol=1e-5, atol=1e-6)
+
+
+def test_the_best_weights_are_those_of_the_best_look() -> None:
+    work = job()
+    seen: dict[int, Tensor] = {}
+    work = replace(work, sample=lambda step: seen.update({step: work.parameters[0].detach().clone()}))
+    _, fitted = train(work, replace(CONFIG, learning_rate=2.5, warmup=0.0, steps=30, sample_every=3))
+    best = fitted.history.best_step
+    assert fitted.history.validation[best] == min(fitted.history.validation.values())
+    assert torch.equal(fitted.best[0], seen[best])
+    assert sorted(seen) == list(range(0, 31, 3))
+    errors = [(len(each.y), _with(seen[best])(each).item()) for each in work.held_out]
+    expected = sum(size * error for size, error in errors) / 10
+    assert fitted.history.validation[best] == pytest.approx(expected)
+
+
+def _with(weight: Tensor) -> Line:
+    line = Line()
+    line.weight.data.copy_(weight)
+    return line
+
+
+def test_looking_changes_nothing() -> None:
+    def sample(step: int) -> None:
+        torch.rand(7)
+
+    torch.manual_seed(0)
+    plain, _ = train(replace(job(noisy=True), held_out=()), replace(CONFIG, validate_every=0))
+    torch.manual_seed(0)
+    looked, _ = train(replace(job(noisy=True), sample=sample), replace(CONFIG, sample_every=1, validate_every=1))
+    assert torch.equal(plain, looked)
+
+
+def test_steps_with_gradients_that_are_no_numbers_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    work = job(broken=(2, 5))
+    weight, fitted = train(work)
+    assert weight.isfinite().all() and fitted.history.skipped == 2
+    assert [math.isnan(loss) for loss in fitted.history.losses] == [step in (1, 4) for step in range(12)]
+    assert "step 2 skipped" in caplog.text and "step 5 skipped" in caplog.text
+
+
+def test_a_run_that_stays_broken_ends_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"not finite in 20 steps up to step 33; lower --learning-rate"):
+        train(job(tmp_path, broken=tuple(range(14, 60))), replace(CONFIG, steps=60))
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["parameters"][0].isfinite().all()
+
+
+def test_only_float32_parameters_train_and_all_else_is_frozen() -> None:
+    half = Line()
+    half.weight.data = half.weight.data.half()
+    for work, words in (
+        (Job(half, [half.weight], points), "float16"),
+        (Job(Line(), [], points), "0 parameters"),
+        (replace(job(), parameters=[nn.Parameter(torch.zeros(3))]), r"found also \['weight'\]"),
+        (replace(job(), parameters=[Line().frozen]), "trainable"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(work)
+    with pytest.raises(ValueError, match="steps, batch_size and learning_rate are open"):
+        fit(job(), FitConfig(), make_accelerator(CONFIG))
+
+
+def test_the_rate_rises_and_falls() -> None:
+    rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
+    assert rates[0] == 0.2 and rates[9] == 2.0 and rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.001
+    assert all(after < before for before, after in zip(rates[10:], rates[11:], strict=False))
+    assert learning_rate(0, 1, 2.0, 0.0) == 2.0
+
+
+def test_gradients_are_clipped() -> None:
+    seen: list[float] = []
+    for clip in (1.0, 0.0):
+        work = job()
+        run = Run(work, replace(CONFIG, clip=clip), make_accelerator(CONFIG))
+        work.parameters[0].register_post_accumulate_grad_hook(lambda p: seen.append(float(p.grad.norm())))
+        step = run.optimizer.step
+
+        def check(step: Any = step, weight: nn.Parameter = work.parameters[0]) -> None:
+            assert weight.grad is not None
+            seen.append(float(weight.grad.norm()))
+            step()
+
+        run.optimizer.step = check
+        run.step()
+    assert seen[0] > 1 and seen[1] == pytest.approx(1, abs=1e-4)
+    assert seen[2] == seen[3] > 1
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(TrainingError, match=r"use --precision (fp32|bf16)"):
+        make_accelerator(FitConfig(precision="fp16"))
+
+
+def test_bf16_keeps_the_parameters_in_fp32() -> None:
+    config = replace(CONFIG, precision="bf16")
+    accelerator = make_accelerator(config)
+    assert weight_dtype(accelerator) == torch.bfloat16
+    work = job()
+    fit(work, config, accelerator)
+    assert work.parameters[0].dtype == torch.float32 and work.parameters[0].abs().sum() > 0
+
+
+def test_a_launcher_chooses_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert make_accelerator(FitConfig()).mixed_precision == "bf16"
