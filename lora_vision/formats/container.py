@@ -60,17 +60,9 @@ def header_length(first: bytes, size: int) -> int:
     Raises:
         AdapterError: this is no safetensors file, or it is cut short; says what it is instead if that can be told.
     """
-    if first.startswith(b"version https://git-lfs"):
-        raise AdapterError("this is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
-    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise AdapterError("this is a torch pickle (.pt, .bin, .ckpt); allow it with allow_pickle=True if you trust it")
-    if first.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise AdapterError("this is a web page, not an adapter; download the file itself")
-    if size < 8:
-        raise AdapterError(f"the file has {size} bytes; a safetensors file has at least 8")
-    (length,) = struct.unpack("<Q", first[:8])
-    if first[8:9] not in (b"{", b"") or length < 2:
-        raise AdapterError("this is no safetensors file: no header follows the first eight bytes")
+    length = struct.unpack("<Q", first[:8])[0] if size >= 8 else 0
+    if first[8:9] != b"{" or length < 2:
+        raise AdapterError(_what_else(first))
     if length > MAX_HEADER:
         raise AdapterError(f"the header claims {length} bytes; at most {MAX_HEADER} are accepted")
     if 8 + length > size:
@@ -78,6 +70,17 @@ def header_length(first: bytes, size: int) -> int:
             f"the file is cut short: its header claims {length} bytes, the file has {size}; download it again"
         )
     return int(length)
+
+
+def _what_else(first: bytes) -> str:
+    """Returns what a file that does not start like a safetensors file probably is."""
+    if first.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return "this is a torch pickle (.pt, .bin, .ckpt); allow it with allow_pickle=True if you trust it"
+    if first.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "this is a web page, not an adapter; download the file itself"
+    return "this is no safetensors file: no header follows its first eight bytes; download it again"
 
 
 def parse(text: bytes, size: int) -> Header:
