@@ -157,3 +157,77 @@ def write_pictures(folder: Path, count: int = 6, *, size: int = 32, captions: bo
     if captions:
         (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     return folder
+
+
+def ldm_checkpoint(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+    """The weights of a tiny_sd of family sd1 under the keys of Stable Diffusion's original checkpoints."""
+    keyed = {}
+    for name, weight in pipe.unet.state_dict().items():
+        keyed[f"model.diffusion_model.{_renamed(name, UNET_NAMES)}"] = weight
+    for name, weight in pipe.vae.state_dict().items():
+        new = _renamed(name, VAE_NAMES)
+        attention = ".attn_1." in new and weight.ndim == 2
+        keyed[f"first_stage_model.{new}"] = weight[:, :, None, None] if attention else weight
+    for name, weight in pipe.text_encoder.state_dict().items():
+        keyed[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = weight
+    return {name: weight.contiguous() for name, weight in keyed.items()}
+
+
+RESNET_NAMES = {
+    "norm1.": "in_layers.0.",
+    "conv1.": "in_layers.2.",
+    "time_emb_proj.": "emb_layers.1.",
+    "norm2.": "out_layers.0.",
+    "conv2.": "out_layers.3.",
+    "conv_shortcut.": "skip_connection.",
+}
+UNET_NAMES = {
+    "conv_in.": "input_blocks.0.0.",
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+    "down_blocks.0.downsamplers.0.conv.": "input_blocks.2.0.op.",
+    "down_blocks.1.attentions.0.": "input_blocks.3.1.",
+    "mid_block.attentions.0.": "middle_block.1.",
+    "up_blocks.0.attentions.0.": "output_blocks.0.1.",
+    "up_blocks.0.attentions.1.": "output_blocks.1.1.",
+    "up_blocks.0.upsamplers.0.conv.": "output_blocks.1.2.conv.",
+    **{
+        f"{ours}.{old}": f"{theirs}.{new}"
+        for ours, theirs in {
+            "down_blocks.0.resnets.0": "input_blocks.1.0",
+            "down_blocks.1.resnets.0": "input_blocks.3.0",
+            "mid_block.resnets.0": "middle_block.0",
+            "mid_block.resnets.1": "middle_block.2",
+            "up_blocks.0.resnets.0": "output_blocks.0.0",
+            "up_blocks.0.resnets.1": "output_blocks.1.0",
+            "up_blocks.1.resnets.0": "output_blocks.2.0",
+            "up_blocks.1.resnets.1": "output_blocks.3.0",
+        }.items()
+        for old, new in RESNET_NAMES.items()
+    },
+}
+VAE_NAMES = {
+    "mid_block.resnets.0.": "mid.block_1.",
+    "mid_block.resnets.1.": "mid.block_2.",
+    "mid_block.attentions.0.group_norm.": "mid.attn_1.norm.",
+    "mid_block.attentions.0.to_q.": "mid.attn_1.q.",
+    "mid_block.attentions.0.to_k.": "mid.attn_1.k.",
+    "mid_block.attentions.0.to_v.": "mid.attn_1.v.",
+    "mid_block.attentions.0.to_out.0.": "mid.attn_1.proj_out.",
+    "conv_norm_out.": "norm_out.",
+    "conv_shortcut.": "nin_shortcut.",
+    **{f"down_blocks.{block}.resnets.": f"down.{block}.block." for block in range(2)},
+    **{f"up_blocks.{block}.resnets.": f"up.{1 - block}.block." for block in range(2)},
+    "down_blocks.0.downsamplers.0.conv.": "down.0.downsample.conv.",
+    "up_blocks.0.upsamplers.0.conv.": "up.1.upsample.conv.",
+}
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    """The name with every part that has another spelling spelt so."""
+    for old, new in names.items():
+        if name.startswith(old) or (names is VAE_NAMES and f".{old}" in name):
+            name = name.replace(old, new)
+    return name
