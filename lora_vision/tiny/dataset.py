@@ -17,7 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from lora_vision.tiny.render import DRAWN, RENDERED, draw, draw_rgba, icons, over, recoloured, shrink
-from lora_vision.tiny.subjects import COLOURS, RENDERED_STYLES, STYLE_SET_SUBJECTS, SUBJECT_COLOURS, SUBJECTS, caption
+from lora_vision.tiny.subjects import (
+    COLOURS,
+    HELD_OUT_STYLES,
+    RENDERED_STYLES,
+    STYLE_SET_SUBJECTS,
+    SUBJECT_COLOURS,
+    SUBJECTS,
+    caption,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +40,8 @@ PACKAGES = (
 )
 POSES = {"noto": 16, "flat": 5, "clay": 3, "blob": 3}
 """Poses a noun is drawn in, by vendor style."""
+SHARES = {"plain": 0.36, "background": 0.26, "colour": 0.12, "rendered": 0.18, "vendor": 0.08}
+"""How often the UNet sees each kind of picture."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +134,27 @@ def further_pixels(work: Path) -> NDArray[np.uint8]:
     return cast(NDArray[np.uint8], np.load(cache)["pixels"])
 
 
-def write_style_set(work: Path, style: str, folder: Path) -> None:
-    """Writes a bundled set: 128-pixel PNG files and their captions for the subjects every set is made of."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for noun in STYLE_SET_SUBJECTS:
-        picture = draw(packages(work), noun, style)
-        assert picture is not None
-        stem = noun.replace(" ", "-")
-        Image.fromarray(shrink(picture, DRAWN)).save(folder / f"{stem}.png", optimize=True)
-        (folder / f"{stem}.txt").write_text(caption(noun) + "\n", encoding="utf-8")
+def rows_by_share(data: Pictures, rng: np.random.Generator, size: int) -> Iterator[NDArray[np.int64]]:
+    """Yields row numbers [size]: kinds by ``SHARES``, and within a kind every noun equally often."""
+    kinds = np.array(data.kinds)
+    by_kind = {kind: np.flatnonzero(kinds == kind) for kind in SHARES}
+    weights = np.zeros(len(kinds))
+    for kind, rows in by_kind.items():
+        counts = np.bincount(data.nouns[rows], minlength=len(SUBJECTS))
+        share = 1 / counts[data.nouns[rows]]
+        weights[rows] = SHARES[kind] * share / share.sum()
+    while True:
+        yield rng.choice(len(kinds), size, p=weights)
+
+
+def write_style_sets(work: Path) -> None:
+    """Writes the picture sets to ``work/sets``: 128-pixel PNG files of ``STYLE_SET_SUBJECTS`` and their captions."""
+    for style in HELD_OUT_STYLES:
+        folder = work / "sets" / style
+        folder.mkdir(parents=True, exist_ok=True)
+        for noun in STYLE_SET_SUBJECTS:
+            picture = draw(packages(work), noun, style)
+            assert picture is not None
+            stem = noun.replace(" ", "-")
+            Image.fromarray(shrink(picture, DRAWN)).save(folder / f"{stem}.png", optimize=True)
+            (folder / f"{stem}.txt").write_text(caption(noun) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 
 from lora_vision.tiny.subjects import COLOURS, SUBJECTS, VENDOR_STYLES
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]  # floats
 DRAWN = 128  # pixels a side at which outlines are computed before shrinking
 LINE_ART = "fluent-emoji-high-contrast"
 
