@@ -36,7 +36,7 @@ class Command:
         positional: The fields given without a flag.
     """
 
-    config: type
+    config: type[Any]
     run: Callable[[Any], tuple[str, Any]]
     positional: tuple[str, ...] = ()
 
