@@ -1,0 +1,267 @@
+"""Training a style from end to end on random bases: the same file every time, every refusal before the first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from models import write_pictures
+from PIL import Image
+
+import lora_vision as lv
+from lora_vision.batches import StyleBatches
+from lora_vision.config import StyleConfig
+from lora_vision.errors import BaseModelError, DataError
+from lora_vision.training import TrainingError
+from train_scripts import train_style
+from train_scripts.train_style import run
+
+ROOT = Path(__file__).parent.parent
+QUERY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate remembers the first precision it was given for the whole process."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data") / "dots", 6)
+
+
+@pytest.fixture
+def config(tmp_path: Path, sd1_folder: Path, data: Path) -> StyleConfig:
+    return StyleConfig(
+        data=str(data),
+        base=str(sd1_folder),
+        output=str(tmp_path / "ink.safetensors"),
+        steps=6,
+        batch_size=2,
+        rank=2,
+        targets="attention",
+        resolution=32,
+        learning_rate=1e-2,
+        validate_every=2,
+        checkpoint_every=2,
+        sample_every=0,
+    )
+
+
+def elsewhere(config: StyleConfig, name: str, **changes: Any) -> StyleConfig:
+    """The same run with another output."""
+    return replace(config, output=str(Path(config.output).with_name(f"{name}.safetensors")), **changes)
+
+
+def test_a_folder_becomes_an_adapter(config: StyleConfig, data: Path) -> None:
+    path = run(replace(config, sample_every=3, trigger="ink"))
+    assert path == Path(config.output)
+    adapter = lv.load_adapter(path)
+    assert QUERY in adapter.layers and all(".attn" in name for name in adapter.layers)
+    delta = adapter.layers[QUERY].delta()
+    assert delta.shape == (32, 32) and delta.abs().max() > 0 and torch.linalg.matrix_rank(delta) == 2
+    folder = path.with_name("ink-training")
+    names = {"loss.png", "samples.png", "history.json", "best.safetensors", "last.safetensors", "checkpoint.pt"}
+    assert names <= {file.name for file in folder.iterdir()}
+    history = json.loads((folder / "history.json").read_text())
+    assert len(history["losses"]) == 6 and sorted(map(int, history["validation"])) == [2, 4, 6]
+    assert sorted(file.name[:6] for file in (folder / "samples").glob("*-0.png")) == ["000000", "000003", "000006"]
+    drawn = [Image.open(folder / "samples" / f"00000{step}-0.png") for step in (0, 6)]
+    assert drawn[0].size == (32, 32) and drawn[0].tobytes() != drawn[1].tobytes()
+    assert path.read_bytes() == (folder / "last.safetensors").read_bytes()
+
+
+def test_the_file_says_how_it_was_made(config: StyleConfig, sd1_folder: Path) -> None:
+    made = lv.load_adapter(run(replace(config, trigger="ink", alpha=1.0, snr_gamma=3.0))).metadata
+    base = lv.load_base(sd1_folder)
+    assert made["lora_vision.base_fingerprint"] == base.fingerprint
+    assert made["lora_vision.data_fingerprint"] == train_style.read_pictures(config.data, trigger="ink").fingerprint
+    settings = json.loads(made["lora_vision.config"])
+    assert settings["targets"] == "attention" and settings["snr_gamma"] == 3.0 and settings["seed"] == 0
+    assert made["lora_vision.trigger"] == made["modelspec.trigger_phrase"] == "ink"
+    assert set(json.loads(made["lora_vision.versions"])) == {"torch", "diffusers", "transformers", "accelerate"}
+    assert (made["ss_network_dim"], made["ss_network_alpha"], made["ss_steps"]) == ("2", "1", "6")
+    assert made["ss_base_model_version"] == "sd_v1" and made["ss_v2"] == "False"
+    counts = json.loads(made["ss_tag_frequency"])["dots"]
+    assert len(counts) == 5 and all(caption.startswith("ink, dot") for caption in counts)
+    assert str(ROOT.parent) not in str(made) and config.output not in str(made)
+
+
+def test_the_same_seed_gives_the_same_file(config: StyleConfig) -> None:
+    first = run(config).read_bytes()
+    assert run(elsewhere(config, "again", sample_every=2, checkpoint_every=0)).read_bytes() == first
+    assert run(elsewhere(config, "other", seed=1)).read_bytes() != first
+
+
+def test_a_broken_run_resumes_bit_for_bit(config: StyleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(config).read_bytes()
+    real = StyleBatches.__call__
+
+    def stopping(self: StyleBatches, position: int, count: int) -> Any:
+        if position >= 3 * count:
+            raise KeyboardInterrupt
+        return real(self, position, count)
+
+    broken = elsewhere(config, "broken")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StyleBatches, "__call__", stopping)
+        run(broken)
+    assert not Path(broken.output).exists()
+    assert run(replace(broken, resume=True)).read_bytes() == whole
+    with pytest.raises(TrainingError, match=r"of another run: data fingerprint .*rank 2 \(now 4\)"):
+        run(replace(broken, resume=True, rank=4, trigger="other"))
+
+
+def test_it_learns_and_leaves_the_base_alone(
+    config: StyleConfig, monkeypatch: pytest.MonkeyPatch, sd1_folder: Path
+) -> None:
+    loaded: list[lv.Base] = []
+
+    def load(*words: Any, **options: Any) -> lv.Base:
+        loaded.append(lv.load_base(*words, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(train_style, "load_base", load)
+    path = run(replace(config, steps=40, batch_size=4, validate_every=5, checkpoint_every=0, keep="best"))
+    history = json.loads((path.with_name("ink-training") / "history.json").read_text())
+    looks = list(history["validation"].values())
+    assert min(looks) < 0.97 * looks[0]
+    best = lv.load_adapter(path)
+    assert best.metadata["lora_vision.step"] == str(history["best_step"])
+    assert path.read_bytes() == (path.with_name("ink-training") / "best.safetensors").read_bytes()
+    lv.detach(loaded[0].parts)
+    before = lv.load_base(sd1_folder)
+    for part, module in {**loaded[0].parts, "vae": loaded[0].vae}.items():
+        wanted = {**before.parts, "vae": before.vae}[part].state_dict()
+        assert module.state_dict().keys() == wanted.keys()
+        assert all(torch.equal(weight, wanted[name]) for name, weight in module.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_text_encoders_train_too(config: StyleConfig, family: str, sd1_folder: Path, sdxl_folder: Path) -> None:
+    folder = sd1_folder if family == "sd1" else sdxl_folder
+    changes = {"train_text": True, "steps": 2, "gradient_checkpointing": True, "accumulate": 2, "targets": "attention"}
+    adapter = lv.load_adapter(run(replace(config, base=str(folder), **changes)))
+    parts = ("text_encoder", "text_encoder_2", "unet") if family == "sdxl" else ("text_encoder", "unet")
+    assert adapter.parts == parts
+    for part in parts:
+        assert any(f.delta().abs().max() > 0 for name, f in adapter.layers.items() if name.startswith(f"{part}."))
+
+
+def test_checkpointed_gradients_are_the_same(config: StyleConfig) -> None:
+    plain = lv.load_adapter(run(config))
+    saving = lv.load_adapter(run(elsewhere(config, "saving", gradient_checkpointing=True)))
+    for name, factors in plain.layers.items():
+        torch.testing.assert_close(saving.layers[name].delta(), factors.delta(), rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_trains_float32_weights(config: StyleConfig) -> None:
+    adapter = lv.load_adapter(run(replace(config, precision="bf16", steps=1, batch_size=1, validate_every=0)))
+    assert adapter.layers[QUERY].delta().isfinite().all()
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("training has begun")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda c, t: {"data": str(t / "absent")}, DataError, "is not a folder"),
+        (lambda c, t: {"data": str(write_pictures(t / "few", 2))}, DataError, "expected at least 4"),
+        (lambda c, t: {"data": str(broken_picture(t / "broken"))}, DataError, r"01\.png cannot be read"),
+        (lambda c, t: {"output": "/proc/nowhere/ink.safetensors"}, DataError, "cannot be written"),
+        (lambda c, t: {"base": str(c.data)}, BaseModelError, "model_index.json"),
+        (lambda c, t: {"precision": "fp16"}, TrainingError, "fp16 on a CPU"),
+        (lambda c, t: {"targets": "attentoin"}, lv.AdapterError, "attention"),
+    ],
+    ids=["no-folder", "too-few", "broken-picture", "no-access", "no-base", "fp16", "targets"],
+)
+def test_mistakes_are_refused_before_training(
+    config: StyleConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[StyleConfig, Path], dict[str, Any]],
+    error: type[Exception],
+    words: str,
+) -> None:
+    monkeypatch.setattr(train_style, "fit", never)
+    with pytest.raises(error, match=words):
+        run(replace(config, **change(config, tmp_path)))
+    assert not Path(config.output).exists()
+
+
+def broken_picture(folder: Path) -> Path:
+    write_pictures(folder, 5)
+    (folder / "01.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "--steps 0: at least 1"),
+        ({"rank": -1}, "--rank -1: at least 1"),
+        ({"output": "ink.bin"}, "ending in .safetensors"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan"),
+        ({"holdout": 1.0}, "--holdout 1.0: a share below 1"),
+        ({"warmup": -0.1}, "--warmup -0.1: at least 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        StyleConfig(**{"data": "d", "output": "ink.safetensors", **changes})
+
+
+def test_what_the_user_leaves_open_is_the_bases_own() -> None:
+    recipe = lv.load_base.__globals__["RECIPES"]["sdxl"]
+    config = StyleConfig(data="d", output="o.safetensors", rank=3).filled(recipe)
+    assert (config.rank, config.resolution, config.steps) == (3, recipe.resolution, recipe.steps)
+    assert config.sample_every == recipe.steps // 4
+    assert StyleConfig(data="d", output="o.safetensors", sample_every=0).filled(recipe).sample_every == 0
+
+
+def launched(config: StyleConfig, *launcher: str) -> lv.Adapter:
+    """The adapter of this run in processes of its own."""
+    names = ("data", "base", "output", "steps", "rank", "targets", "resolution", "learning_rate", "batch_size")
+    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
+    words += ["--validate-every", "2", "--sample-every", "0", "--checkpoint-every", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", *launcher, str(ROOT / "train_scripts" / "train_style.py"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return lv.load_adapter(config.output)
+
+
+def assert_same(one: lv.Adapter, other: lv.Adapter, tolerance: float) -> None:
+    assert one.layers.keys() == other.layers.keys()
+    for name, factors in one.layers.items():
+        torch.testing.assert_close(factors.delta(), other.layers[name].delta(), rtol=tolerance, atol=tolerance * 1e-2)
+
+
+def test_accelerate_launches_the_script(config: StyleConfig) -> None:
+    options = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    alone = launched(elsewhere(config, "alone", steps=2), "accelerate.commands.launch", *options.split())
+    assert_same(alone, lv.load_adapter(run(replace(config, steps=2))), tolerance=1e-4)
+
+
+def test_two_processes_are_one_with_the_doubled_batch(config: StyleConfig) -> None:
+    """Gradients are averaged over gloo, and only the main process writes."""
+    halves = elsewhere(config, "halves", steps=3, batch_size=1)
+    both = launched(halves, "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    assert_same(both, lv.load_adapter(run(replace(config, steps=3))), tolerance=1e-2)
+    history = json.loads((Path(halves.output).with_name("halves-training") / "history.json").read_text())
+    single = json.loads((Path(config.output).with_name("ink-training") / "history.json").read_text())
+    assert history["losses"] == pytest.approx(single["losses"], rel=1e-4)
