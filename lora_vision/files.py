@@ -7,6 +7,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -167,17 +168,27 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     return keyed
 
 
-def header(path: str | Path) -> tuple[container.Header, dict[str, str]]:
-    """Returns (checked header, its strings with PEFT's configuration) of a safetensors file, without torch.
+def member(path: str | Path) -> Path:
+    """Returns the one file to open for a path that may be a folder.
 
     Raises:
-        AdapterError: the file is missing or damaged.
+        AdapterError: there is no such file, or the folder holds several adapters.
     """
     found = _locate(Path(path))
     if isinstance(found, list):
         raise AdapterError(
             f"{path}: several adapters, in {', '.join(f.name for f in found)}; name one of these folders"
         )
+    return found
+
+
+def header(path: str | Path) -> tuple[container.Header, dict[str, str]]:
+    """Returns (checked header, its strings with PEFT's configuration) of a safetensors file, without torch.
+
+    Raises:
+        AdapterError: the file is missing or damaged.
+    """
+    found = member(path)
     try:
         with found.open("rb") as file:
             parsed = _header(file)
@@ -311,3 +322,66 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of an adapter on its way into another format.
+
+    Attributes:
+        output: the file or folder written.
+        format: its format.
+        layers: how many layers it has.
+        errors: relative error of each layer that was approximated; empty when nothing was lost.
+    """
+
+    output: Path
+    format: str
+    layers: int
+    errors: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as plain values, for JSON."""
+        return {"output": str(self.output), "format": self.format, "layers": self.layers, "errors": self.errors}
+
+    def __str__(self) -> str:
+        text = f"wrote {self.output}: {self.layers} layers, {self.format} format"
+        if not self.errors:
+            return f"{text}, without loss"
+        worst = max(self.errors, key=self.errors.__getitem__)
+        mean = sum(self.errors.values()) / len(self.errors)
+        return (
+            f"{text}; {len(self.errors)} layers approximated, mean relative error {mean:.3g}, "
+            f"largest {self.errors[worst]:.3g} ({worst})"
+        )
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    format: str = "kohya",
+    approximate: int | None = None,
+    base: Mapping[str, Tensor] | None = None,
+    allow_pickle: bool = False,
+) -> Conversion:
+    """Returns what was written: an adapter in another format, without loss or not at all.
+
+    Args:
+        source: file or folder to read.
+        output: file (for `peft` also a folder) to write.
+        format: `kohya`, `diffusers` or `peft`.
+        approximate: turn whatever is not plain LoRA into pairs of at most this rank first.
+        base: true layer name -> untouched weight, for approximating changes that multiply the base.
+        allow_pickle: also read `.pt` and `.bin` files.
+
+    Raises:
+        AdapterError: the source cannot be read, or the format cannot hold it and no rank was given.
+    """
+    adapter = load_adapter(source, allow_pickle=allow_pickle)
+    errors: dict[str, float] = {}
+    if approximate is not None:
+        from lora_vision.approximate import approximate as to_pairs
+
+        adapter, errors = to_pairs(adapter, approximate, base)
+    return Conversion(save_adapter(adapter, output, format), format, len(adapter.layers), errors)

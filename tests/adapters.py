@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lora_vision.adapter import Adapter
-from lora_vision.factors import IA3, Dora, Factors, Full, Hadamard, Kronecker, LowRank, Replacement
+from lora_vision.factors import IA3, Dora, Factors, Full, Hadamard, Kronecker, LowRank
+from lora_vision.replacement import Replacement
 
 LINEAR = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
 CONV = "unet.down_blocks.1.resnets.0.conv1"

@@ -55,6 +55,10 @@ def latents(pipe: DiffusionPipeline) -> torch.Tensor:
     return pipe("a red dot", generator=generator, **shape).images
 
 
+def assert_same_latents(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1)
+
+
 def random_adapter(pipe: DiffusionPipeline, *, convs: bool = False, ranks: tuple[int, ...] = (4,)) -> Adapter:
     """LoRA on the attention of all parts (and the resnets), alpha and rank differing from layer to layer."""
     make, layers = Maker(), {}
@@ -90,7 +94,7 @@ def test_diffusers_draws_the_same_with_what_we_write(
     pipe.load_lora_weights(tmp_path, weight_name=path.name)
     theirs = latents(pipe)
     assert (ours - before).abs().max() > 0.05, "the adapter does something"
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert_same_latents(ours, theirs)
 
 
 @pytest.mark.parametrize("header", [True, False])
@@ -115,7 +119,7 @@ def test_we_load_what_diffusers_writes(header: bool, dora: bool, folders: dict[s
     )
     clean = pipeline(folders["sd1"])
     attach(parts(clean), load_adapter(tmp_path))
-    torch.testing.assert_close(latents(clean), theirs, rtol=1e-5, atol=2e-5)
+    assert_same_latents(latents(clean), theirs)
 
 
 def test_we_load_what_diffusers_writes_for_sdxl(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -129,4 +133,4 @@ def test_we_load_what_diffusers_writes_for_sdxl(folders: dict[str, Path], tmp_pa
     StableDiffusionXLPipeline.save_lora_weights(tmp_path, **layers)
     clean = pipeline(folders["sdxl"])
     attach(parts(clean), load_adapter(tmp_path))
-    torch.testing.assert_close(latents(clean), theirs, rtol=1e-5, atol=1e-5)
+    assert_same_latents(latents(clean), theirs)

@@ -191,11 +191,12 @@ def number(value: float) -> Tensor:
 def _build(name: str, left: dict[str, Any]) -> Factors:
     """Returns the factors, taking the leaves it uses out of `left`."""
     from lora_vision import factors as kinds
+    from lora_vision.replacement import Replacement
 
     alpha = _number(left.pop("alpha"), "alpha") if "alpha" in left else None
     if "new_weight" in left or "new_bias" in left:
         new = {"weight": left.pop("new_weight", None), "new_bias": left.pop("new_bias", None)}
-        return kinds.Replacement(**new, inner=_build(name, left) if left else None)
+        return Replacement(**new, inner=_build(name, left) if left else None)
     magnitude, axis = _magnitude(left)
     inner = _direction(name, left, alpha)
     if magnitude is None:
@@ -265,10 +266,11 @@ def _shaped(name: str, factors: Any) -> Factors:
 def disassemble(factors: Factors) -> dict[str, Any]:
     """Returns a layer's leaves, alpha as a number: what `assemble` takes."""
     from lora_vision import factors as kinds
+    from lora_vision.replacement import Replacement
 
     bias = {} if factors.bias is None else {"diff_b": factors.bias}
     match factors:
-        case kinds.Replacement(weight=weight, new_bias=new_bias, inner=inner):
+        case Replacement(weight=weight, new_bias=new_bias, inner=inner):
             new = {"new_weight": weight, "new_bias": new_bias}
             return {**(disassemble(inner) if inner else {}), **{k: v for k, v in new.items() if v is not None}}
         case kinds.Dora(inner=inner, magnitude=magnitude, axis=axis):
