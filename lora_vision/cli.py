@@ -61,16 +61,23 @@ def inspect(settings: config.InspectConfig) -> tuple[str, Any]:
     """What is in an adapter file."""
     from lora_vision.report import inspect
 
-    report = inspect(settings.file)
+    report = inspect(settings.file, scan=settings.scan)
     return str(report), report.to_dict()
 
 
 def convert(settings: config.ConvertConfig) -> tuple[str, Any]:
-    """The adapter file that was written."""
+    """The adapter file that was written, and what was lost."""
     from lora_vision.files import convert
 
-    convert(settings.input, settings.output, format=settings.format)
-    return f"wrote {settings.output}", {"output": settings.output, "format": settings.format}
+    options: dict[str, Any] = {"approximate": settings.approximate, "allow_pickle": settings.allow_pickle}
+    if settings.base is not None:
+        from lora_vision import names
+        from lora_vision.base import load_base
+
+        layers = names.index(load_base(settings.base).parts)
+        options["base"] = {name: layer.weight for name, layer in layers.items()}
+    done = convert(settings.input, settings.output, format=settings.format, **options)
+    return str(done), done.to_dict()
 
 
 def where(settings: config.WhereConfig) -> tuple[str, Any]:

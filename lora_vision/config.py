@@ -204,18 +204,26 @@ class InspectConfig:
 
     file: str
     """Adapter file, or PEFT folder."""
+    scan: bool | None = None
+    """Read the tensors too: hashes, layers with NaN or only zeros (default: where that takes no time)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Write an adapter in another spelling, without loss or not at all."""
+    """Write an adapter in another format, without loss or not at all."""
 
     input: str
     """Adapter file, or PEFT folder."""
     output: str
     """The file (for peft: folder) to write."""
     format: Literal["kohya", "diffusers", "peft"] = "kohya"
-    """Spelling to write."""
+    """Format to write."""
+    approximate: int | None = None
+    """Turn whatever is no plain LoRA into pairs of at most this rank, and tell the error that costs."""
+    base: str | None = None
+    """For approximating DoRA and IA3, which multiply the base's weights: that base."""
+    allow_pickle: bool = False
+    """Also read .pt and .bin files."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, Outcome
 from models import write_pictures
 
-from lora_vision import __version__, cli
+from lora_vision import __version__, cli, load_adapter, save_adapter
+from lora_vision.adapter import Adapter
 from lora_vision.errors import LoraVisionError
+from lora_vision.factors import Dora
 
 Run = Callable[..., Outcome]
 FEW = "--steps 2 --batch-size 2 --rank 2 --sample-every 0".split()
@@ -112,7 +115,7 @@ def test_where_finds_what_the_package_brings(lora_vision: Run) -> None:
 # The main job
 
 
-def test_train_generate_inspect_convert(lora_vision: Run, sd1_folder: Path, tmp_path: Path) -> None:
+def test_train_then_generate(lora_vision: Run, sd1_folder: Path, tmp_path: Path) -> None:
     pictures, ink, picture = write_pictures(tmp_path / "in"), tmp_path / "ink.safetensors", tmp_path / "out.png"
     few = tmp_path / "few.toml"
     few.write_text(f"base = '{sd1_folder}'\nsteps = 9\nrank = 2\nbatch-size = 2\nsample-every = 0\n")
@@ -131,6 +134,53 @@ def test_train_generate_inspect_convert(lora_vision: Run, sd1_folder: Path, tmp_
     assert (tmp_path / "again.png").read_bytes() == picture.read_bytes()
     lora_vision("generate", "--config", picture, "--output", tmp_path / "other.png", "--seed", 1)
     assert (tmp_path / "other.png").read_bytes() != picture.read_bytes()
+
+
+def test_inspect_tells_what_is_inside(lora_vision: Run, sd1_adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    ink, _ = sd1_adapters
+    told = lora_vision("inspect", ink)
+    assert told.code == 0
+    assert told.out.startswith(f"{ink}: ")
+    assert "rank 2" in told.out
+    assert lora_vision("inspect", ink, "--json").json["algorithms"] == {"LoRA": 32}
+    script = (
+        f"from lora_vision.cli import main; main(['inspect', {str(ink)!r}]); import sys; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+    text = tmp_path / "text.safetensors"
+    text.write_text("this is no adapter at all")
+    failed(lora_vision("inspect", text), str(text))
+    failed(lora_vision("inspect", tmp_path / "absent.safetensors"), "no such file")
+
+
+@pytest.mark.parametrize("format", ["diffusers", "peft"])
+def test_convert_loses_nothing(lora_vision: Run, sd1_adapters: tuple[Path, Path], tmp_path: Path, format: str) -> None:
+    ink, _ = sd1_adapters
+    other, back = tmp_path / "other.safetensors", tmp_path / "back.safetensors"
+    told = lora_vision("convert", ink, other, "--format", format)
+    assert (told.code, told.out) == (0, f"wrote {other}: 32 layers, {format} format, without loss\n"), told.err
+    assert lora_vision("inspect", other, "--json").json["format"] == format
+    assert lora_vision("convert", other, back, "--json").json["errors"] == {}
+    first, last = load_adapter(ink), load_adapter(back)
+    assert first.layers.keys() == last.layers.keys()
+    assert all(torch.equal(first.layers[name].delta(), last.layers[name].delta()) for name in first.layers)
+
+
+def test_convert_approximates_only_when_asked(
+    lora_vision: Run, sd1_folder: Path, sd1_adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """DoRA multiplies the base's weights: only with them it becomes a pair, and not without loss."""
+    layers = load_adapter(sd1_adapters[0]).layers
+    dora = {name: Dora(inner=layer, magnitude=torch.ones(layer.delta().shape[0])) for name, layer in layers.items()}
+    save_adapter(Adapter(dora, {}, {}), tmp_path / "dora.safetensors")
+    words = ["convert", tmp_path / "dora.safetensors", tmp_path / "pairs.safetensors", "--approximate", 2]
+    failed(lora_vision(*words), "base")
+    assert not (tmp_path / "pairs.safetensors").exists()
+    told = lora_vision(*words, "--base", sd1_folder, "--json")
+    assert told.code == 0, told.err
+    assert set(told.json["errors"]) == set(layers)
+    assert lora_vision("inspect", tmp_path / "pairs.safetensors", "--json").json["algorithms"] == {"LoRA": 32}
 
 
 # What goes wrong

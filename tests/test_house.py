@@ -20,7 +20,7 @@ WINGS = (
     "errors config arguments",
     "names targets factors replacement adapter approximate layers stack inject formats files combine report",
     "tiny base data sheet charts batches losses samples training",
-    "schedules regions conduct blend generate cli __main__",
+    "schedules regions conduct blend blending generate cli __main__",
 )
 FLOORS = " ".join(WINGS).split()
 ADAPTER_WING = WINGS[1].split()
