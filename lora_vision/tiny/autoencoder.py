@@ -52,6 +52,16 @@ def colour_jitter(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return out
 
 
+def palette_jitter(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns the pictures [B, 3, H, W], half of them in another palette: a random linear map of their colours."""
+    half = len(pixels) // 2
+    maps = torch.linalg.qr(torch.randn(half, 3, 3, generator=generator)).Q
+    strength = 0.8 + torch.rand(half, 1, 1, 1, generator=generator)
+    ground = 0.4 * torch.rand(half, 3, 1, 1, generator=generator) - 0.2
+    mapped = torch.einsum("bij,bjhw->bihw", maps, pixels[:half]) * strength + ground
+    return torch.cat([mapped.clamp(-1, 1), pixels[half:]])
+
+
 def vae_batch(pool: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Returns pictures [B, 3, 32, 32] in [-1, 1]: 32-pixel crops, a quarter of them whole pictures at half size."""
     rows = torch.randint(len(pool), (size,), generator=generator)
@@ -118,7 +128,10 @@ def train_decoder(work: Path, total: int) -> None:
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     trained = [p for p in vae.parameters() if p.requires_grad]
-    pool = torch.from_numpy(np.concatenate([pictures(work).pixels, further_pixels(work)]))
+    data = pictures(work)
+    outlined = np.array([kind == "rendered" for kind in data.kinds])  # thin lines are the hardest: seen three times
+    parts = [data.pixels, data.pixels[outlined], data.pixels[outlined], further_pixels(work)]
+    pool = torch.from_numpy(np.concatenate(parts))
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
     start = 0
     if state := run.load():
@@ -129,7 +142,7 @@ def train_decoder(work: Path, total: int) -> None:
     for step in range(start, total):
         set_rate(optimizer, decayed(step, total, 1e-3))
         rows = torch.randint(len(pool), (16,), generator=generator)
-        real = colour_jitter(pool[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, generator)
+        real = palette_jitter(pool[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, generator)
         with torch.no_grad():
             latents = vae.encode(real).latent_dist.sample(generator)
         made = vae.decode(latents).sample

@@ -123,9 +123,9 @@ def _silhouette(rgba: Array) -> Array:
 def _night(rgba: Array) -> Array:
     rgb = over(rgba, (0.05, 0.05, 0.11))
     glow = np.stack([_thicken(p, 5) for p in np.moveaxis(over(rgba, (0, 0, 0)), -1, 0)], -1)
-    glow = glow / np.maximum(glow.max(-1, keepdims=True), 0.25)
+    glow = 0.77 * glow / np.maximum(glow.max(-1, keepdims=True), 0.25)
     lines = outlines(rgba)[..., None]
-    base = _on((12, 12, 28)) * 0.8 + rgb * 0.2
+    base = _on((21, 21, 44)) * 0.61 + rgb * 0.39
     return base * (1 - lines) + glow * lines
 
 
@@ -135,7 +135,7 @@ RENDERED: dict[str, Callable[[Array], Array]] = {
     "silhouette": _silhouette,
     "pastel": _pastel,
     "sepia": lambda rgba: _two_tone(rgba, (64, 38, 18), (242, 228, 200)),
-    "blueprint": lambda rgba: _drawn(rgba, (22, 58, 142), (255, 255, 255), 0.28),
+    "blueprint": lambda rgba: _drawn(rgba, (38, 74, 150), (214, 228, 255), 0.28),
     "duotone": lambda rgba: _two_tone(rgba, (84, 28, 98), (255, 205, 118)),
     "night": _night,
 }
