@@ -90,18 +90,24 @@ def compare(adapter: Adapter, layers: Mapping[str, nn.Module], strict: bool = Tr
     return report
 
 
-def refuse_peft(parts: Mapping[str, nn.Module]) -> None:
-    """Nothing, unless PEFT has put its layers into one of the parts.
+def refuse_unfit(parts: Mapping[str, nn.Module]) -> None:
+    """Nothing, unless the parts were changed in a way that adapters would clash with or be bypassed by.
 
     Raises:
-        BaseModelError: It has; both would act, and neither would know of the other.
+        BaseModelError: PEFT has put its layers in, or diffusers has fused the attention projections.
     """
     for part, model in parts.items():
-        if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-            raise BaseModelError(
-                f"{part} already carries PEFT adapters; remove them first (pipe.unload_lora_weights(), or "
-                "model.unload() for a PeftModel), then load the adapter here instead"
-            )
+        for module in model.modules():
+            if type(module).__module__.startswith("peft."):
+                raise BaseModelError(
+                    f"{part} already carries PEFT adapters; remove them first (pipe.unload_lora_weights(), or "
+                    "model.unload() for a PeftModel), then load the adapter here instead"
+                )
+            if getattr(module, "fused_projections", False):
+                raise BaseModelError(
+                    f"{part} has fused attention projections, which would bypass adapters on to_q, to_k and to_v; "
+                    "call unfuse_qkv_projections() first"
+                )
 
 
 def inject(parts: Mapping[str, nn.Module], config: LoraConfig) -> list[nn.Parameter]:
@@ -121,7 +127,7 @@ def inject(parts: Mapping[str, nn.Module], config: LoraConfig) -> list[nn.Parame
     alpha = float(config.rank if config.alpha is None else config.alpha)
     if config.rank < 1 or not math.isfinite(alpha):
         raise AdapterError(f"rank {config.rank} and alpha {alpha}; expected a rank of at least 1 and a finite alpha")
-    refuse_peft(parts)
+    refuse_unfit(parts)
     layers = names.index(parts)
     refuse_adapted(layers)
     chosen = select(config.targets, layers)
@@ -164,7 +170,7 @@ def attach(parts: Mapping[str, nn.Module], adapter: Adapter, scale: float = 1.0,
         AdapterError: It does not fit; nothing was changed.
         BaseModelError: The model already carries adapters.
     """
-    refuse_peft(parts)
+    refuse_unfit(parts)
     layers = names.index(parts)
     refuse_adapted(layers)
     report = compare(adapter, layers, strict)

@@ -8,6 +8,7 @@ Shapes: G rows of weights (1, or one for each row of the batch), L layers of one
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,6 +27,8 @@ from lora_vision.layers import (
     unwrap,
     wrap,
 )
+
+logger = logging.getLogger(__name__)
 
 Keep = Literal["device", "cpu", "nowhere"]
 
@@ -139,6 +142,8 @@ class Stack:
         changed = set(before) ^ set(self.sounding)
         known = [self.loaded[name] for name in changed if name in self.loaded]
         appended = self.sounding[: len(before)] == before
+        if changed:
+            self._grow()
         for layer in {layer for loaded in known for layer in loaded.pairs}:
             self._restack(layer, len(before) if appended else 0)
         restless = known if mode == self._mode else self.loaded.values()
@@ -175,6 +180,14 @@ class Stack:
             BaseModelError: The weights are parked by an offload hook, or the untouched ones were not kept.
             AdapterError: Rows have different weights.
         """
+        self.check_merge(weights)
+        touched = {layer for name in {*self.merged, *weights} for layer in self.loaded[name].columns}
+        self.merged = dict(sorted(weights.items()))
+        for layer in touched:
+            self._merge_layer(layer, keep)
+
+    def check_merge(self, weights: Mapping[str, Tensor]) -> None:
+        """Nothing, or the reason why ``merge`` would refuse; it touches nothing."""
         if any(value.shape[0] != 1 for value in weights.values()):
             raise AdapterError("different weights for each row cannot be merged; set one weight for all rows first")
         touched = {layer for name in {*self.merged, *weights} for layer in self.loaded[name].columns}
@@ -188,9 +201,6 @@ class Stack:
                 raise BaseModelError(f"{layer} is parked by CPU offload; merge before turning offload on, or use live")
             if layer in self._forgotten:
                 raise BaseModelError(f"{layer} was merged with keep='nowhere': its untouched weight is gone")
-        self.merged = dict(sorted(weights.items()))
-        for layer in touched:
-            self._merge_layer(layer, keep)
 
     def restore(self) -> None:
         """Puts every untouched weight back, bit for bit; nothing is merged afterwards.
@@ -221,6 +231,19 @@ class Stack:
     def _untouched(self, layer: str, name: str) -> Tensor | None:
         kept = self._originals.get(layer, {})
         return kept[name] if name in kept else base_tensor(self._wrapped(layer), name)
+
+    def _grow(self) -> None:
+        """Widens the reserve where the sounding adapters need more, once and with a warning."""
+        wider = {}
+        for name, held in self._reserve.items():
+            needed = sum(self.loaded[a].pairs[name].rank for a in self.sounding if name in self.loaded[a].pairs)
+            if needed > held:
+                wider[name] = needed
+        if wider:
+            name, needed = next(iter(wider.items()))
+            message = "%s needs %d ranks and exceeds the capacity of %d reserved; a compiled model recompiles once"
+            logger.warning(message, name, needed, self._reserve[name])
+            self._reserve.update(wider)
 
     @torch.no_grad()
     def _restack(self, name: str, first: int = 0) -> None:
@@ -280,6 +303,10 @@ class Stack:
             torch.tensor(sources).repeat_interleave(times),
             torch.tensor(units).repeat_interleave(times),
         )
+        for old in self._banks:  # the same places in the same layers: nothing a compiled model holds has to move
+            if (old.layers, old.starts, old.flat.shape[1]) == (layers, starts, end) and old.fresh(self._mode[0]):
+                bank.flat = old.flat.zero_()
+                return bank
         bank.flat = torch.zeros(self._mode[0], end, device=at[0], dtype=at[1])
         for layer, start, stop in zip(layers, starts, [*starts[1:], end], strict=True):
             gain = bank.flat[:, start:stop]
@@ -373,30 +400,31 @@ class Stack:
 
 
 def _room(layer: LoraLayer, width: int, kept: int) -> tuple[Tensor, Tensor]:
-    """The layer's own down [width, I] and up [O, width], the first ``kept`` ranks still in them.
-
-    Ranks are the slow dimension of both in memory and the memory doubles when it runs out, so that adding the eighth
-    adapter copies the eighth alone.
-    """
+    """The layer's own down [width, I] and up [O, width], the first ``kept`` ranks still in them."""
     shape, (device, dtype) = layer.weight.shape, place(layer)
-    found = []
-    for old, size in ((layer.lora_down, shape[1:]), (None if layer.lora_up is None else layer.lora_up.t(), shape[:1])):
-        usable = old is not None and (old.device, old.dtype) == (device, dtype) and old.is_contiguous()
-        if (
-            old is not None
-            and usable
-            and old.untyped_storage().nbytes() >= width * old[0].nbytes
-            and (kept or len(old) == width)
-        ):
-            new = old.as_strided((width, *size), old.stride())
-        else:
-            new = torch.empty(max(width, 2 * kept), *size, device=device, dtype=dtype)[:width]
-            if old is not None and kept:
-                new[:kept] = old[:kept]
-        found.append(new)
-    down, up = found[0], found[1].t()
-    put(layer, lora_down=down, lora_up=up)
+    like = torch.empty(0, device=device, dtype=dtype)
+    down = _ranks(layer.lora_down, like, (width, *shape[1:]), kept)
+    up = _ranks(None if layer.lora_up is None else layer.lora_up.t(), like, (width, shape[0]), kept).t()
+    if down is not layer.lora_down:
+        put(layer, lora_down=down, lora_up=up)
     return down, up
+
+
+def _ranks(old: Tensor | None, like: Tensor, shape: tuple[int, ...], kept: int) -> Tensor:
+    """A tensor of this shape whose first ``kept`` rows are those of the old one, which is used again if it can be.
+
+    Ranks are the slow dimension in memory, and the memory doubles when it runs out: the eighth adapter copies itself
+    alone.
+    """
+    if old is not None and (old.device, old.dtype) == (like.device, like.dtype) and old.is_contiguous():
+        if len(old) == shape[0]:
+            return old
+        if kept and old.untyped_storage().nbytes() >= shape[0] * old[0].nbytes:
+            return old.as_strided(shape, old.stride())
+    new = like.new_empty(max(shape[0], 2 * kept), *shape[1:])[: shape[0]]
+    if old is not None and kept:
+        new[:kept] = old[:kept]
+    return new
 
 
 def _added(weight: Tensor, pairs: list[tuple[LowRank, float]]) -> Tensor:

@@ -315,6 +315,10 @@ def test_refuses_what_it_cannot_blend(job: Blended) -> None:
         lv.Blend(job.parts)
     peft = pytest.importorskip("peft")
     other = Job()
+    other.unet.fuse_qkv_projections()
+    with pytest.raises(BaseModelError, match="unfuse_qkv_projections"):
+        lv.Blend(other.parts)
+    other.unet.unfuse_qkv_projections()
     other.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(BaseModelError, match="unload_lora_weights"):
         lv.Blend(other.parts)
@@ -371,3 +375,31 @@ def test_files_load_by_path(job: Blended, tmp_path: Path) -> None:
     job.blend.remove("ink")
     job.blend.load(found)
     assert close(job.look(), live)
+
+
+def test_registered_files_are_read_when_wanted_and_dropped_beyond_the_budget(tmp_path: Path) -> None:
+    job = Blended()
+    some = {name: layer for name, layer in job.layers.items() if "attn1.to_q" in name}
+    found = [adapter(some, seed=seed) for seed in range(4)]
+    files = {f"a{seed}": tmp_path / f"a{seed}.safetensors" for seed in range(4)}
+    for one, path in zip(found, files.values(), strict=True):
+        lv.save_adapter(one, path, format="kohya")
+    job.blend.detach()
+    job.blend = lv.Blend(job.parts, budget=int(2.5 * found[0].nbytes))
+    job.blend.register(files)
+    assert job.blend.adapters == () and torch.equal(job.look(), job.base)
+    looks = []
+    for name in files:
+        job.blend.set({name: 1.0})
+        looks.append(job.look())
+    assert job.blend.adapters == ("a2", "a3") and job.blend.nbytes <= 2.5 * found[0].nbytes
+    job.blend.set({"a2": 1.0})
+    job.blend.set({"a0": 1.0})
+    assert torch.equal(job.look(), looks[0]) and set(job.blend.adapters) == {"a0", "a2"}
+    with pytest.raises(AdapterError, match="there already"):
+        job.blend.register({"a1": files["a1"]})
+    with pytest.raises(AdapterError, match="no adapter file"):
+        job.blend.register({"new": tmp_path / "none.safetensors"})
+    job.blend.remove("a3")
+    with pytest.raises(AdapterError, match="no adapter called 'a3'"):
+        job.blend.set({"a3": 1.0})
