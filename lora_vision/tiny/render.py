@@ -123,9 +123,9 @@ def _silhouette(rgba: Array) -> Array:
 def _night(rgba: Array) -> Array:
     rgb = over(rgba, (0.05, 0.05, 0.11))
     glow = np.stack([_thicken(p, 5) for p in np.moveaxis(over(rgba, (0, 0, 0)), -1, 0)], -1)
-    glow = 0.77 * glow / np.maximum(glow.max(-1, keepdims=True), 0.25)
+    glow = 0.74 * glow / np.maximum(glow.max(-1, keepdims=True), 0.25)
     lines = outlines(rgba)[..., None]
-    base = _on((21, 21, 44)) * 0.61 + rgb * 0.39
+    base = _on((22, 22, 46)) * 0.58 + rgb * 0.42
     return base * (1 - lines) + glow * lines
 
 
