@@ -44,7 +44,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy $(LIBRARY)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/installed-dev
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
