@@ -103,7 +103,7 @@ def refuse_unfit(parts: Mapping[str, nn.Module]) -> None:
                     f"{part} already carries PEFT adapters; remove them first (pipe.unload_lora_weights(), or "
                     "model.unload() for a PeftModel), then load the adapter here instead"
                 )
-            if getattr(module, "fused_projections", False):
+            if "Fused" in type(getattr(module, "processor", None)).__name__:
                 raise BaseModelError(
                     f"{part} has fused attention projections, which would bypass adapters on to_q, to_k and to_v; "
                     "call unfuse_qkv_projections() first"
