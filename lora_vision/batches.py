@@ -23,6 +23,7 @@ from lora_vision.errors import DataError
 
 T = TypeVar("T")
 GOLDEN = 0.6180339887498949
+PIXELS_AT_ONCE = 8 * 512 * 512
 
 
 def _chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -73,15 +74,23 @@ class EncodedPictures:
 
 
 def encode(
-    base: Base, pictures: Sequence[Picture], resolution: int, *, keep_captions: bool = False, batch_size: int = 8
+    base: Base, pictures: Sequence[Picture], resolution: int, *, keep_captions: bool = False, quiet: bool = False
 ) -> EncodedPictures:
     """The pictures' latents and, unless the captions are kept as they are, their text states.
+
+    Args:
+        base: Whose VAE and text encoders are used.
+        pictures: What to encode.
+        resolution: Side of the square pictures in pixels.
+        keep_captions: Leave the captions as words, for a text encoder that is trained.
+        quiet: Show no progress bar.
 
     Raises:
         DataError: Where a picture cannot be read or its latents are not finite, named.
     """
     means, stds = [], []
-    for chunk in tqdm(_chunks(pictures, batch_size), desc="encoding pictures", delay=2, leave=False):
+    chunks = _chunks(pictures, min(32, max(1, PIXELS_AT_ONCE // resolution**2)))
+    for chunk in tqdm(chunks, desc="encoding pictures", delay=2, leave=False, disable=quiet):
         pixels = torch.stack([load_pixels(picture.path, resolution) for picture in chunk])
         mean, std = base.encode_pictures(pixels)
         for picture, latents in zip(chunk, mean, strict=True):

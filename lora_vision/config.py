@@ -130,6 +130,8 @@ class StyleConfig(FitConfig):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"--output {self.output}: a name ending in .safetensors is needed")
+        if self.resolution is not None and self.resolution % 8:
+            raise ValueError(f"--resolution {self.resolution}: a multiple of 8 is needed")
         for name in ("holdout", "warmup"):
             if not getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: a share below 1 is needed")
@@ -138,9 +140,8 @@ class StyleConfig(FitConfig):
         """This configuration with everything the user left open taken from the base's recipe."""
         names = ("rank", "targets", "learning_rate", "steps", "batch_size", "resolution")
         open_fields = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
-        steps = open_fields.get("steps", self.steps)
         if self.sample_every is None:
-            open_fields["sample_every"] = max(1, steps // 4)
+            open_fields["sample_every"] = max(1, (self.steps or recipe.steps) // 4)
         return replace(self, **open_fields)
 
 

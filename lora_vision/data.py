@@ -135,7 +135,7 @@ def _open(path: Path) -> Image.Image:
     """The picture as upright RGB."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it refuses twice that by itself
             with Image.open(path) as file:
                 picture = ImageOps.exif_transpose(file)
                 picture.load()

@@ -9,20 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_vision.config import FitConfig
+from lora_vision.config import FitConfig, Precision
 from lora_vision.errors import LoraVisionError
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 20
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingError(LoraVisionError):
@@ -57,7 +57,7 @@ class History:
     """What a run has seen so far.
 
     Attributes:
-        losses: Training loss of every step; not a number where the step was skipped.
+        losses: Training loss of every step.
         validation: Held-out loss by number of steps done.
         skipped: Steps whose gradients were not finite.
     """
@@ -108,9 +108,14 @@ def make_accelerator(config: FitConfig, *, unused_parameters: bool = False) -> A
     return accelerator
 
 
+def precision_of(accelerator: Accelerator) -> Precision:
+    """The precision this Accelerator computes in: "fp32", "bf16" or "fp16"."""
+    return cast(Precision, accelerator.mixed_precision.replace("no", "fp32"))
+
+
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype for frozen weights under this Accelerator's precision."""
-    return DTYPES[accelerator.mixed_precision]
+    return DTYPES[precision_of(accelerator)]
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -156,7 +161,8 @@ class Run:
         self.best: list[Tensor] | None = None
         self.done = 0
         self.failures = 0
-        optimizer = torch.optim.AdamW(job.parameters, lr=self.rate, weight_decay=config.weight_decay, fused=True)
+        fused = accelerator.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(job.parameters, lr=self.rate, weight_decay=config.weight_decay, fused=fused)
         self.model, self.optimizer = accelerator.prepare(job.loss, optimizer)
         if config.resume:
             self._load()
@@ -164,30 +170,27 @@ class Run:
     def train(self) -> Fitted:
         """The outcome of all remaining steps."""
         config = self.config
-        bar = tqdm(
-            total=self.steps,
-            initial=self.done,
-            desc="training",
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-        )
+        quiet = not self.accelerator.is_main_process
+        smooth = math.nan
         if self.done == 0:
             self._look(sample=bool(config.sample_every))
-        smooth = None
-        while self.done < self.steps:
-            loss = self.step()
-            smooth = loss if smooth is None or math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
-            last = self.done == self.steps
-            bar.set_postfix(loss=f"{smooth:.4f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}", refresh=False)
-            bar.update()
-            self._look(
-                validate=bool(config.validate_every) and (last or self.done % config.validate_every == 0),
-                sample=bool(config.sample_every) and (last or self.done % (config.sample_every or 1) == 0),
-            )
-            if config.checkpoint_every and (last or self.done % config.checkpoint_every == 0):
-                self._save()
-        bar.close()
+        with tqdm(total=self.steps, initial=self.done, desc="training", unit="step", disable=quiet) as bar:
+            while self.done < self.steps:
+                loss = self.step()
+                smooth = loss if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
+                bar.set_postfix(loss=f"{smooth:.4f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}", refresh=False)
+                bar.update()
+                self._look(
+                    validate=self._due(config.validate_every),
+                    sample=self._due(config.sample_every or 0),
+                )
+                if self._due(config.checkpoint_every):
+                    self._save()
         return Fitted(self.history, self.best)
+
+    def _due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and after the last, happens now; 0 is never."""
+        return bool(every) and (self.done == self.steps or self.done % every == 0)
 
     def step(self) -> float:
         """The loss of the next optimizer step over all its micro-batches, taken unless its gradients are not finite."""

@@ -85,9 +85,12 @@ def test_validation_is_always_the_same_and_covers_all_levels() -> None:
     assert len(StyleBatches(cached(50), 1000, seed=0).fixed(8)) == 16
 
 
-def test_encoding_is_the_vaes_and_the_text_encoders(base: Base, tmp_path: Path) -> None:
+def test_encoding_is_the_vaes_and_the_text_encoders(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures = read_pictures(write_pictures(tmp_path, 5), holdout=0).train
-    encoded = encode(base, pictures, 32, batch_size=2)
+    monkeypatch.setattr("lora_vision.batches.PIXELS_AT_ONCE", 2 * 32 * 32)  # batches of two
+    encoded = encode(base, pictures, 32)
     pixels = torch.stack([load_pixels(picture.path, 32) for picture in pictures])
     posterior = base.vae.encode(pixels).latent_dist
     scaling = base.vae.config.scaling_factor

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -35,11 +36,12 @@ from lora_vision.files import save_adapter
 from lora_vision.inject import collect, inject
 from lora_vision.losses import DiffusionLoss, NoiseSchedule
 from lora_vision.samples import SampleSheet
-from lora_vision.training import Fitted, Job, fit, make_accelerator, weight_dtype
+from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, weight_dtype
 
 logger = logging.getLogger(__name__)
 
 NOT_IN_FILE = ("data", "output", "base", "base_config", "resume", "checkpoint_every", "sample_every", "sample_prompts")
+MAY_CHANGE = (*NOT_IN_FILE, "steps", "validate_every", "keep", "format")
 MODEL_NAMES = {
     "sd1": ("sd_v1", "stable-diffusion-v1"),
     "sd2": ("sd_v2", "stable-diffusion-v2-768-v"),
@@ -62,7 +64,7 @@ def run(config: StyleConfig) -> Path:
     dtype = weight_dtype(accelerator)
     base = load_base(config.base, dtype=dtype, config=config.base_config).to(accelerator.device, dtype)
     base.vae.float()  # SDXL's overflows in fp16
-    config = config.filled(base.recipe)
+    config = replace(config.filled(base.recipe), precision=precision_of(accelerator))
 
     schedule = NoiseSchedule(base.scheduler)
     samples, held_out = encoded(config, base, pictures, schedule, accelerator)
@@ -107,7 +109,8 @@ def encoded(
     """The stream of training samples and the fixed validation batches."""
     if config.resolution is None or config.batch_size is None:
         raise ValueError("resolution and batch_size are open; StyleConfig.filled() sets them")
-    read = partial(encode, base, resolution=config.resolution, keep_captions=config.train_text)
+    quiet = not accelerator.is_main_process
+    read = partial(encode, base, resolution=config.resolution, keep_captions=config.train_text, quiet=quiet)
     stream = partial(StyleBatches, timesteps=len(schedule), seed=config.seed, device=accelerator.device)
     samples = stream(read(pictures.train))
     held_out = stream(read(pictures.held_out)).fixed(config.batch_size) if pictures.held_out else []
@@ -154,8 +157,7 @@ def sampler(
 
 def identity(config: StyleConfig, base: Base, pictures: PictureSet) -> dict[str, object]:
     """What makes this run this run, and no other: a checkpoint of another is not continued."""
-    mine = {name: value for name, value in asdict(config).items() if name not in NOT_IN_FILE and value is not None}
-    del mine["steps"]  # a run may be made longer
+    mine = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE and value is not None}
     return mine | {"base fingerprint": base.fingerprint, "data fingerprint": pictures.fingerprint}
 
 
@@ -170,6 +172,8 @@ def metadata(config: StyleConfig, base: Base, pictures: PictureSet) -> dict[str,
     for picture in pictures.train:
         counts[picture.caption] = counts.get(picture.caption, 0) + 1
     name, architecture = MODEL_NAMES[base.family]
+    if base.family == "sd2" and base.prediction == "epsilon":
+        architecture = "stable-diffusion-v2-512"
     alpha = config.rank if config.alpha is None else config.alpha
     return {
         "lora_vision.version": lora_vision.__version__,
@@ -191,7 +195,7 @@ def metadata(config: StyleConfig, base: Base, pictures: PictureSet) -> dict[str,
         "ss_max_train_steps": str(config.steps),
         "ss_batch_size_per_device": str(config.batch_size),
         "ss_gradient_accumulation_steps": str(config.accumulate),
-        "ss_mixed_precision": config.precision,
+        "ss_mixed_precision": config.precision.replace("fp32", "no"),
         "ss_min_snr_gamma": f"{config.snr_gamma:g}",
         "ss_num_train_images": str(len(pictures.train)),
         "ss_resolution": f"({config.resolution}, {config.resolution})",
@@ -230,7 +234,9 @@ def save(
         if config.keep == "best":
             write(output, history.best_step)
     loss_curve(history.losses, history.validation).save(folder / "loss.png")
-    (folder / "history.json").write_text(json.dumps(asdict(history) | {"best_step": history.best_step}) + "\n")
+    losses = [loss if math.isfinite(loss) else None for loss in history.losses]  # JSON knows no NaN
+    numbers = asdict(history) | {"losses": losses, "best_step": history.best_step}
+    (folder / "history.json").write_text(json.dumps(numbers) + "\n")
     logger.info("wrote %s; loss curve and samples are in %s", output, folder)
 
 
