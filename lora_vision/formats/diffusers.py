@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +52,7 @@ def read(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Reading:
         part, _, module = path.partition(".")
         if part not in ("unet", "text_encoder", "text_encoder_2"):
             part, module = "unet", path
+        module = module.removeprefix("base_model.model.")
         name = f"{part}.{names.classic(part, module)}"
         found.add(key, name if names.known(name) else None, leaf, tensor)
         modules[name] = (part, module)
@@ -147,7 +147,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _settings(ranks: Mapping[str, int], dora: bool) -> dict[str, Any]:
     """Returns the PEFT settings of one part; module names as both transformers generations end them."""
-    rank = Counter(ranks.values()).most_common(1)[0][0]
+    rank = vocabulary.commonest(ranks.values())
     pattern = {path.removeprefix("text_model."): r for path, r in ranks.items() if r != rank}
     return {
         "r": rank,

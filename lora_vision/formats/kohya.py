@@ -108,7 +108,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
     layers = {name: vocabulary.disassemble(factors) for name, factors in adapter.layers.items()}
     family = names.family({name: vocabulary.weight_shape(leaves) for name, leaves in layers.items()})
     ranks = [(rank, leaves.get("alpha")) for leaves in layers.values() if (rank := vocabulary.rank(leaves))]
-    rank, alpha = max(ranks, key=ranks.count) if ranks else (None, None)
+    rank, alpha = vocabulary.commonest(ranks) if ranks else (None, None)
     plain = all(vocabulary.algorithm(leaves) in ("LoRA", "LoCon") for leaves in layers.values())
     found = {
         "ss_network_module": "networks.lora" if plain else "lycoris.kohya",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -180,6 +181,12 @@ def _number(value: Any, leaf: str) -> float:
     return float(value)
 
 
+def commonest(values: Iterable[Any]) -> Any:
+    """Returns the value that occurs most often, of equals the smallest, so that the order of layers does not matter."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value))
+
+
 def number(value: float) -> Tensor:
     """Returns a number as tools store alpha: a float32 scalar tensor, float64 where float32 would round it."""
     import torch
@@ -193,10 +200,10 @@ def _build(name: str, left: dict[str, Any]) -> Factors:
     from lora_vision import factors as kinds
     from lora_vision.replacement import Replacement
 
-    alpha = _number(left.pop("alpha"), "alpha") if "alpha" in left else None
     if "new_weight" in left or "new_bias" in left:
         new = {"weight": left.pop("new_weight", None), "new_bias": left.pop("new_bias", None)}
         return Replacement(**new, inner=_build(name, left) if left else None)
+    alpha = _number(left.pop("alpha"), "alpha") if "alpha" in left else None
     magnitude, axis = _magnitude(left)
     inner = _direction(name, left, alpha)
     if magnitude is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,11 @@ _TRICKS = {  # settings that change what the factors mean, or the base under the
 }
 _SPELLING = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector", "ia3": "ia3_l"}
 _SPELLING |= {"new_weight": "weight", "new_bias": "bias"}
-_KINDS = {"LORA": ("down", "up"), "LOHA": ("hada_",), "LOKR": ("lokr_",), "IA3": ("ia3",)}
+_KINDS = ("LORA", "LOHA", "LOKR", "IA3")
+# Written: leaves a layer must have and may have. PEFT builds LoKr's and Tucker's shapes from its own settings, which
+# cannot say how a given layer was split, so these are not written.
+_WRITTEN = {"LORA": {"down", "up"}, "LOHA": {f"hada_w{n}_{s}" for n in "12" for s in "ab"}, "IA3": {"ia3", "on_input"}}
+_BESIDE = {"LORA": {"alpha", "magnitude"}, "LOHA": {"alpha"}, "IA3": {"with_bias"}}
 
 
 def matches(key: str) -> bool:
@@ -63,8 +66,11 @@ def read(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Reading:
     part = _part(tensors, config)
     for key, tensor in tensors.items():
         path, leaf = vocabulary.split(key) or _whole(key)
+        if ".original_module." in key:
+            continue  # the untouched weight that older PEFT saved beside a head
         path = path.removeprefix(_ROOT)
-        name = f"{part}.{names.classic(part, path)}"
+        owner = "vit" if path.startswith(("vision_model.", "visual_projection")) else part  # a whole CLIP has both
+        name = f"{owner}.{names.classic(owner, path)}"
         found.add(key, name if names.known(name) else None, leaf, tensor)
         modules[name] = path
     for name, leaves in found.layers.items():
@@ -219,19 +225,11 @@ def _kind(layers: Mapping[str, Mapping[str, Any]]) -> str:
     for path, leaves in layers.items():
         if {"new_weight", "new_bias"} >= leaves.keys():
             continue
-        kind = next(
-            (kind for kind, marks in _KINDS.items() if all(any(k.startswith(m) for k in leaves) for m in marks)), None
-        )
-        if (
-            kind is None
-            or leaves.keys() & {"mid", "diff_b", "dora_scale", "new_bias"}
-            or ("magnitude" in leaves and kind != "LORA")
-        ):
+        kind = next((k for k, marks in _WRITTEN.items() if marks <= leaves.keys() <= marks | _BESIDE[k]), None)
+        if kind is None or (kind == "IA3" and not leaves["on_input"] and "with_bias" not in leaves):
             raise AdapterError(
-                f"layer {path}: {vocabulary.algorithm(leaves)} has no spelling in PEFT; use format='kohya'"
+                f"layer {path}: {vocabulary.algorithm(leaves)} of this form has no spelling in PEFT; use format='kohya'"
             )
-        if kind == "LOKR" and vocabulary.rank(leaves) is None:
-            leaves["alpha"] = 1.0  # type: ignore[index]  # both factors full: alpha means nothing, r is 1 then
         kinds.add(kind)
     if len(kinds) != 1:
         found = ", ".join(sorted({vocabulary.algorithm(leaves) for leaves in layers.values()})) or "nothing"
@@ -257,7 +255,7 @@ def _settings(kind: str, layers: Mapping[str, Mapping[str, Any]], prefix: str, s
         return config | {"feedforward_modules": [path for path, leaves in adapted.items() if leaves["on_input"]]}
     ranks = {path: vocabulary.rank(leaves) or 1 for path, leaves in adapted.items()}
     alphas = {path: leaves["alpha"] for path, leaves in adapted.items()}
-    rank, strength = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank, strength = (vocabulary.commonest(values.values()) for values in (ranks, alphas))
     config |= {
         "r": rank,
         "rank_pattern": {f"^{re.escape(path)}": r for path, r in ranks.items() if r != rank},
