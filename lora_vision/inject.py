@@ -70,6 +70,7 @@ def compare(adapter: Adapter, layers: Mapping[str, nn.Module], strict: bool = Tr
     """
     parts = {name.partition(".")[0] for name in layers}
     matched, unmatched, misshapen, ignored = [], [], [], list(adapter.extras)
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, factors in adapter.layers.items():
         weight = getattr(layers.get(name), "weight", None)
         if weight is None and not strict and name.partition(".")[0] not in parts:
@@ -81,8 +82,8 @@ def compare(adapter: Adapter, layers: Mapping[str, nn.Module], strict: bool = Tr
             misshapen.append(f"{name} (found {found}, expected {tuple(weight.shape)})")
         else:
             matched.append(name)
-    shapes = {name: getattr(layers.get(name), "weight", torch.empty(0)).shape for name in matched}
-    family = names.family({name: tuple(shapes[name]) if name in shapes else None for name in adapter.layers})
+            shapes[name] = tuple(weight.shape)
+    family = names.family({name: shapes.get(name) for name in adapter.layers})
     report = LoadReport(tuple(matched), tuple(unmatched), tuple(misshapen), tuple(ignored), family)
     if not matched or (strict and not report.complete):
         advice = "use another base, or strict=False to take what fits" if matched else "it was made for another base"

@@ -401,27 +401,26 @@ class Stack:
 
 def _room(layer: LoraLayer, width: int, kept: int) -> tuple[Tensor, Tensor]:
     """The layer's own down [width, I] and up [O, width], the first ``kept`` ranks still in them."""
-    shape, (device, dtype) = layer.weight.shape, place(layer)
-    like = torch.empty(0, device=device, dtype=dtype)
-    down = _ranks(layer.lora_down, like, (width, *shape[1:]), kept)
-    up = _ranks(None if layer.lora_up is None else layer.lora_up.t(), like, (width, shape[0]), kept).t()
-    if down is not layer.lora_down:
+    shape, at, old = layer.weight.shape, place(layer), (layer.lora_down, layer.lora_up)
+    down = _ranks(old[0], at, (width, *shape[1:]), kept)
+    up = _ranks(None if old[1] is None else old[1].t(), at, (width, shape[0]), kept).t()
+    if down is not old[0]:
         put(layer, lora_down=down, lora_up=up)
     return down, up
 
 
-def _ranks(old: Tensor | None, like: Tensor, shape: tuple[int, ...], kept: int) -> Tensor:
+def _ranks(old: Tensor | None, at: tuple[torch.device, torch.dtype], shape: tuple[int, ...], kept: int) -> Tensor:
     """A tensor of this shape whose first ``kept`` rows are those of the old one, which is used again if it can be.
 
     Ranks are the slow dimension in memory, and the memory doubles when it runs out: the eighth adapter copies itself
     alone.
     """
-    if old is not None and (old.device, old.dtype) == (like.device, like.dtype) and old.is_contiguous():
+    if old is not None and (old.device, old.dtype) == at and old.is_contiguous():
         if len(old) == shape[0]:
             return old
         if kept and old.untyped_storage().nbytes() >= shape[0] * old[0].nbytes:
             return old.as_strided(shape, old.stride())
-    new = like.new_empty(max(shape[0], 2 * kept), *shape[1:])[: shape[0]]
+    new = torch.empty(max(shape[0], 2 * kept), *shape[1:], device=at[0], dtype=at[1])[: shape[0]]
     if old is not None and kept:
         new[:kept] = old[:kept]
     return new
