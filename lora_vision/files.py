@@ -205,12 +205,11 @@ def understood(keyed: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[s
     Raises:
         AdapterError: the algorithm, or the model it is for, is known and not supported; or nothing here is an adapter.
     """
-    what = vocabulary.refusal(keyed)
-    if what:
+    kind, reading = formats.read(keyed, metadata)
+    if what := vocabulary.refusal(reading.unknown):
         raise AdapterError(
             f"this is {what}, which is not supported; expected an adapter for Stable Diffusion 1, 2, XL or a ViT"
         )
-    kind, reading = formats.read(keyed, metadata)
     if not reading.layers and not reading.extras:
         sample = ", ".join(ascii(key[:80]) for key in list(keyed)[:3]) or "no tensors at all"
         raise AdapterError(f"no key of a known adapter format; found {sample}")
