@@ -47,4 +47,7 @@ test: lint
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/installed-dev
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/blend.py --peft
+	$(BIN)/python benchmarks/train_style_vs_peft.py --data lora_vision/pictures/blueprint --output runs/versus
+	$(BIN)/python benchmarks/base_quality.py --work runs/base
