@@ -146,7 +146,7 @@ def _make(work: Path, vae: AutoencoderKL) -> dict[str, object]:
         rows = (~held).repeat(2)
         return _train(both[rows], labels.repeat(2)[rows], classes, steps)
 
-    style, subject = fit(styles, held_noun, len(STYLES), 700), fit(nouns, held_pair, len(NOUNS), 2500)
+    style, subject = fit(styles, held_noun, len(STYLES), 600), fit(nouns, held_pair, len(NOUNS), 1800)
     right_style = style.rank(rebuilt.float()[held_noun])[:, 0] == styles[held_noun]
     right_noun = subject.rank(rebuilt.float()[held_pair])[:, 0] == nouns[held_pair]
     ceilings = {

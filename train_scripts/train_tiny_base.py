@@ -27,7 +27,7 @@ from lora_vision.tiny.dataset import further_pixels, pictures, write_style_sets
 from lora_vision.tiny.denoiser import new_scheduler, new_unet, train_unet
 from lora_vision.tiny.text import new_tokenizer, train_text
 
-STEPS = {"vae": 3600, "text": 900, "decoder": 3000, "unet32": 1900, "unet64": 2400}
+STEPS = {"vae": 3600, "text": 900, "decoder": 900, "unet32": 1900, "unet64": 1750}
 """Optimiser steps a stage."""
 
 
@@ -50,6 +50,8 @@ def assemble(work: Path, output: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    for part in (pipeline.vae, pipeline.unet):
+        part.register_to_config(_name_or_path="")  # no path of this machine in what is shipped
     pipeline.save_pretrained(output, safe_serialization=True)
 
 

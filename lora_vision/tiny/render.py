@@ -159,7 +159,7 @@ def shrink(rgb: Array, size: int) -> NDArray[np.uint8]:
 def draw(packages: Path, noun: str, style: str, jitter: np.random.Generator | None = None) -> Array | None:
     """Returns the noun drawn in the style on its own ground, RGB [128, 128, 3]; None where the package lacks it.
 
-    ``jitter`` moves the drawing a little: scale 0.86 to 1, up to 6 degrees, up to 3 % of the width.
+    ``jitter`` moves the drawing a little: scale 0.94 to 1, up to 2.5 degrees, up to 3 % of the width.
     """
     rgba = draw_rgba(packages, noun, style, jitter)
     if rgba is None:
@@ -175,8 +175,8 @@ def draw_rgba(packages: Path, noun: str, style: str, jitter: np.random.Generator
         return None
     if jitter is None:
         return source.draw(SUBJECTS[noun])
-    scale, degrees = jitter.uniform(0.86, 1.0), jitter.uniform(-6, 6)
-    room = 0.03 + (1 - scale) / 3
+    scale, degrees = jitter.uniform(0.94, 1.0), jitter.uniform(-2.5, 2.5)
+    room = 0.01 + (1 - scale) / 3
     angle, length = jitter.uniform(0, 2 * math.pi), jitter.uniform(0, room)
     return source.draw(
         SUBJECTS[noun], scale=scale, degrees=degrees, shift=(length * math.cos(angle), length * math.sin(angle))
