@@ -62,17 +62,14 @@ def test_pictures_follow_the_prompt(base: Base) -> None:
 
 def test_the_vae_gives_the_bundled_pictures_back(base: Base) -> None:
     for folder in SETS:
-        pictures = [Image.open(file).convert("RGB").resize((64, 64), Image.Resampling.BOX) for file in folder.glob("*.png")]
+        files = sorted(folder.glob("*.png"))
+        pictures = [Image.open(file).convert("RGB").resize((64, 64), Image.Resampling.BOX) for file in files]
         pixels = torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in pictures])
         real = pixels.view(-1, 64, 64, 3).permute(0, 3, 1, 2) / 127.5 - 1
         latents, _ = base.encode_pictures(real)
         error = ((base.decode(latents) - real) / 2).square().mean((1, 2, 3))
         psnr = (-10 * error.log10()).mean().item()
-        assert psnr > PSNR[folder.name], (folder.name, psnr)
-
-
-PSNR = {"duotone": 26.0, "blueprint": 23.0, "night": 21.0}
-"""What the VAE reaches on each set, less a margin; the figures themselves stand in benchmarks/RESULTS.md."""
+        assert psnr > 24, (folder.name, psnr)
 
 
 @pytest.mark.parametrize("folder", SETS, ids=lambda folder: folder.name)
