@@ -258,12 +258,20 @@ def _from_folder(place: str, source: str, dtype: torch.dtype) -> Base:
 
 
 def _load_part(kind: Any, place: str, part: str, dtype: torch.dtype) -> Any:
-    """One part of a diffusers folder or Hub model, from its full-precision or, failing that, its fp16 file."""
-    options = {"subfolder": part, ("dtype" if part.startswith("text") else "torch_dtype"): dtype}
+    """One part of a diffusers folder or Hub model, from its full-precision or, failing that, its fp16 file.
+
+    A weight that the files lack would be drawn at random and only logged: transformers before 5.6 misses a whole text
+    encoder where a later one left ``text_model.`` out of the names.
+    """
+    dtype_option = {"dtype" if part.startswith("text") else "torch_dtype": dtype}
+    options = {"subfolder": part, "output_loading_info": True, **dtype_option}
     try:
-        return kind.from_pretrained(place, **options)
+        model, found = kind.from_pretrained(place, **options)
     except OSError:
-        return kind.from_pretrained(place, variant="fp16", **options)
+        model, found = kind.from_pretrained(place, variant="fp16", **options)
+    if missing := sorted(found["missing_keys"]):
+        raise BaseModelError(f"{part} lacks {len(missing)} of its weights ({missing[0]}, ...)")
+    return model
 
 
 def _check_index(index: Mapping[str, Any], source: str) -> None:

@@ -158,6 +158,18 @@ def changed(folder: Path, target: Path, part: str, **values: object) -> Path:
     return target
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_a_part_that_lacks_weights_is_refused(tmp_path: Path, sd1_folder: Path, part: str) -> None:
+    """Libraries draw what is missing at random, and go on."""
+    folder = shutil.copytree(sd1_folder, tmp_path / "base")
+    (file,) = (folder / part).glob("*.safetensors")
+    weights = load_file(file)
+    lost = sorted(weights)[0]
+    save_file({name: weight for name, weight in weights.items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(BaseModelError, match=rf"{part} lacks 1 of its weights \(.*{lost}"):
+        load_base(folder)
+
+
 def test_models_of_another_purpose_are_refused(tmp_path: Path, sd1_folder: Path) -> None:
     inpaint = changed(sd1_folder, tmp_path / "inpaint", "unet", in_channels=9)
     weights = load_file(inpaint / "unet" / "diffusion_pytorch_model.safetensors")
