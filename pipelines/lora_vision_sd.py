@@ -9,5 +9,5 @@ from diffusers import StableDiffusionPipeline
 from lora_vision.blending import Blending
 
 
-class LoraVisionSDPipeline(Blending, StableDiffusionPipeline):  # type: ignore[misc]
+class LoraVisionSDPipeline(Blending, StableDiffusionPipeline):
     """The stock StableDiffusionPipeline with ``blend`` and the further arguments of ``Blending.__call__``."""

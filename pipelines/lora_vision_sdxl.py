@@ -9,5 +9,5 @@ from diffusers import StableDiffusionXLPipeline
 from lora_vision.blending import Blending
 
 
-class LoraVisionSDXLPipeline(Blending, StableDiffusionXLPipeline):  # type: ignore[misc]
+class LoraVisionSDXLPipeline(Blending, StableDiffusionXLPipeline):
     """The stock StableDiffusionXLPipeline with ``blend`` and the further arguments of ``Blending.__call__``."""

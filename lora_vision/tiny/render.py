@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 
 from lora_vision.tiny.subjects import COLOURS, SUBJECTS, VENDOR_STYLES
 
-Array = NDArray[Any]  # floats
+Array = NDArray[np.floating[Any]]
 DRAWN = 128  # pixels a side at which outlines are computed before shrinking
 LINE_ART = "fluent-emoji-high-contrast"
 
@@ -103,12 +103,14 @@ def _drawn(rgba: Array, ground: tuple[int, int, int], line: tuple[int, int, int]
     lifted = fill * rgba[..., 3:] * (0.25 + 0.75 * _luminance(rgba[..., :3]))
     base = _on(ground) * (1 - lifted) + _on(line) * lifted
     lines = outlines(rgba)[..., None]
-    return base * (1 - lines) + _on(line) * lines
+    drawn: Array = base * (1 - lines) + _on(line) * lines
+    return drawn
 
 
 def _two_tone(rgba: Array, dark: tuple[int, int, int], light: tuple[int, int, int]) -> Array:
     tone = _luminance(over(rgba, (1, 1, 1)))
-    return _on(dark) * (1 - tone) + _on(light) * tone
+    toned: Array = _on(dark) * (1 - tone) + _on(light) * tone
+    return toned
 
 
 def _pastel(rgba: Array) -> Array:
@@ -126,7 +128,8 @@ def _night(rgba: Array) -> Array:
     glow = 0.74 * glow / np.maximum(glow.max(-1, keepdims=True), 0.25)
     lines = outlines(rgba)[..., None]
     base = _on((22, 22, 46)) * 0.58 + rgb * 0.42
-    return base * (1 - lines) + glow * lines
+    lit: Array = base * (1 - lines) + glow * lines
+    return lit
 
 
 RENDERED: dict[str, Callable[[Array], Array]] = {
