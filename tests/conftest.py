@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads wait for each other
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import json
