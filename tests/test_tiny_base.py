@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import lora_vision
-from lora_vision.base import Base, load_base
+from lora_vision.base import EMBEDDED, Base, load_base
 from lora_vision.data import read_pictures
 from lora_vision.tiny.subjects import COLOURS, HELD_OUT_STYLES, STYLE_SET_SUBJECTS, SUBJECTS, caption
 
@@ -32,6 +33,11 @@ def test_the_base_is_made_of_the_real_classes_and_small() -> None:
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     assert all(type(getattr(pipe, name)) is kind for name, kind in kinds.items())
     assert isinstance(pipe.tokenizer, CLIPTokenizer)
+
+
+def test_the_text_encoder_is_spelt_so_that_every_transformers_finds_it() -> None:
+    with safe_open(EMBEDDED["tiny"] / "text_encoder" / "model.safetensors", framework="pt") as file:
+        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
 
 
 def test_every_prompt_the_base_knows_fits_its_tokenizer(base: Base) -> None:

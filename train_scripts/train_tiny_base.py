@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from lora_vision.tiny.autoencoder import train_decoder, train_vae
@@ -53,6 +54,16 @@ def assemble(work: Path, output: Path) -> None:
     for part in (pipeline.vae, pipeline.unet):
         part.register_to_config(_name_or_path="")  # no path of this machine in what is shipped
     pipeline.save_pretrained(output, safe_serialization=True)
+    spell_classically(output / "text_encoder" / "model.safetensors")
+
+
+def spell_classically(file: Path) -> None:
+    """Gives the text encoder's weights the names that checkpoints use.
+
+    transformers 5.6 and later leave out ``text_model.``; earlier ones would miss every weight without it.
+    """
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
 
 
 def main() -> None:
