@@ -108,9 +108,10 @@ def _folder(door: str) -> Path:
 
 
 def script(name: str) -> Any:
-    """The module of a training script."""
-    installed = importlib.util.find_spec("lora_vision.train_scripts")
-    return importlib.import_module(f"{'lora_vision.' if installed else ''}train_scripts.{name}")
+    """The module of a training script, from this very package: another checkout may be installed as editable."""
+    spec = importlib.util.find_spec("lora_vision.train_scripts")
+    ours = spec is not None and str(_folder("train_scripts")) in (spec.submodule_search_locations or ())
+    return importlib.import_module(f"{'lora_vision.' if ours else ''}train_scripts.{name}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
