@@ -181,10 +181,6 @@ def test_models_of_another_purpose_are_refused(tmp_path: Path, sd1_folder: Path)
 
 
 def test_the_embedded_base_is_a_stable_diffusion_for_small_pictures() -> None:
-    from lora_vision.base import EMBEDDED
-
-    if not EMBEDDED["tiny"].is_dir():
-        pytest.skip("the embedded base is not in this checkout")
     base = load_base("tiny")
     assert base.source == "tiny" and base.recipe is RECIPES["tiny"]
     assert base.unet.config.sample_size * base.factor == base.recipe.resolution
