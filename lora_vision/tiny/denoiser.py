@@ -130,7 +130,7 @@ def train_unet(work: Path, size: int, total: int, accelerator: Accelerator) -> N
         ema.step(unet.parameters())
         mean += loss.item()
         if accelerator.is_main_process and (step + 1) % 50 == 0:
-            run.note(step + 1, loss=mean / 50)
+            run.note(step + 1, loss=mean / min(50, step + 1 - start))
             mean = 0.0
         if accelerator.is_main_process and (run.due() or step == total - 1):
             shadow = dict(zip(names, [p.clone() for p in ema.shadow_params], strict=True))
