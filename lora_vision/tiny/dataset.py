@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lora_vision.tiny.render import DRAWN, RENDERED, draw, draw_rgba, icons, over, recoloured, shrink
+from lora_vision.tiny.render import DRAWN, RENDERED, draw, draw_rgba, icons, lines_on, over, recoloured, shrink
 from lora_vision.tiny.subjects import (
     COLOURS,
     HELD_OUT_STYLES,
@@ -40,8 +40,8 @@ PACKAGES = (
 )
 POSES = {"noto": 16, "flat": 5, "clay": 3, "blob": 3}
 """Poses a noun is drawn in, by vendor style."""
-SHARES = {"plain": 0.36, "background": 0.26, "colour": 0.12, "rendered": 0.18, "vendor": 0.08}
-"""How often the UNet sees each kind of picture."""
+SHARES = {"plain": 0.24, "background": 0.16, "colour": 0.08, "rendered": 0.18, "contour": 0.28, "vendor": 0.06}
+"""How often the UNet sees each kind of picture: contours often, for thin lines are what it learns last."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ def _views(folder: Path, noun: str, jitter: np.random.Generator) -> Iterator[tup
                 yield tinted, caption(noun, colour=tint, background=ground), "colour"
         for style in RENDERED_STYLES[pose % 2 :: 2]:
             yield RENDERED[style](rgba), caption(noun, style=style), "rendered"
+        for style in ("sketch", "chalk"):
+            ground = grounds[(pose * 4 + len(style)) % 9]
+            if (style, ground) != ("chalk", "blue"):  # too near to blueprint, which is kept for adapters
+                yield lines_on(rgba, style, ground), caption(noun, background=ground, style=style), "contour"
     for style, poses in POSES.items():
         for _ in range(poses if style != "noto" else 0):
             picture = draw(folder, noun, style, jitter)

@@ -145,6 +145,14 @@ RENDERED: dict[str, Callable[[Array], Array]] = {
 """Style word -> RGBA Noto drawing to RGB picture, for the styles that are computed."""
 
 
+def lines_on(rgba: Array, style: str, colour: str) -> Array:
+    """Returns the drawing's lines on a coloured ground, RGB: light on a deep one ("chalk"), dark on a pale one."""
+    red, green, blue = COLOURS[colour]
+    if style == "chalk":
+        return _drawn(rgba, (red * 6 // 10, green * 6 // 10, blue * 6 // 10), (240, 232, 190), 0.0)
+    return _drawn(rgba, ((red + 255) // 2, (green + 255) // 2, (blue + 255) // 2), (66, 54, 48), 0.12)
+
+
 def recoloured(rgba: Array, colour: str) -> Array:
     """Returns the drawing in one hue, its light and dark kept: "a blue fox". RGBA."""
     target = _on(COLOURS[colour])
