@@ -19,6 +19,8 @@ import lora_vision
 from lora_vision import config
 from lora_vision.arguments import near, parse
 from lora_vision.errors import LoraVisionError
+from lora_vision.tools import commands as tools
+from lora_vision.tools import settings as wanted
 
 PROGRAM = "lora-vision"
 PACKAGE = Path(__file__).parent
@@ -32,7 +34,8 @@ class Command:
 
     Attributes:
         config: The settings class that its flags fill.
-        run: Does the work; returns what to tell a person and what to tell a program (--json).
+        run: Does the work; returns what to tell a person and what to tell a program (--json). Where the latter says
+            ``"ok": False``, the work counts as failed, and ``"problem"`` is why.
         positional: The fields given without a flag.
     """
 
@@ -80,6 +83,14 @@ def convert(settings: config.ConvertConfig) -> tuple[str, Any]:
     return str(done), done.to_dict()
 
 
+def merge(settings: config.MergeConfig) -> tuple[str, Any]:
+    """The adapter file that was made of several, and how far it is from their true weighted sum."""
+    from lora_vision.combining import merge
+
+    done = merge(settings)
+    return str(done), done.to_dict()
+
+
 def where(settings: config.WhereConfig) -> tuple[str, Any]:
     """The path of a script, a base or a picture set."""
     places = {"tiny": PACKAGE / "tiny" / "base", "pictures": PACKAGE / "pictures"}
@@ -97,6 +108,10 @@ COMMANDS: Mapping[str, Command] = {
     "generate": Command(config.GenerateConfig, generate, ("prompts",)),
     "inspect": Command(config.InspectConfig, inspect, ("file",)),
     "convert": Command(config.ConvertConfig, convert, ("input", "output")),
+    "extract": Command(wanted.ExtractConfig, tools.extract, ("tuned", "base")),
+    "resize": Command(wanted.ResizeConfig, tools.resize, ("file",)),
+    "bake": Command(wanted.BakeConfig, tools.bake),
+    "merge": Command(config.MergeConfig, merge, ("adapters",)),
     "where": Command(config.WhereConfig, where, ("name",)),
 }
 
@@ -136,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         text, data = command.run(settings)
         if MAIN_PROCESS:
             sys.stdout.write((json.dumps(data, indent=2, default=str) if "json" in switches else text) + "\n")
-        return 0
+        if not (isinstance(data, dict) and data.get("ok") is False):
+            return 0
+        problem = str(data.get("problem", "failed"))
     except LoraVisionError as error:
         problem = str(error)
     except OSError as error:

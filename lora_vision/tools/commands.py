@@ -1,0 +1,85 @@
+"""What the tools' commands do: settings in, (what to tell a person, what to tell a program) out.
+
+Torch sleeps until a command runs: everything heavy is imported by its function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_vision import lineage
+from lora_vision.tools import settings as s
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _weights(base: str | None, config: str | None = None) -> dict[str, Any] | None:
+    """True layer name to untouched weight, or None without a base."""
+    if base is None:
+        return None
+    from lora_vision import names
+    from lora_vision.base import load_base
+
+    return {name: layer.weight for name, layer in names.index(load_base(base, config=config).parts).items()}
+
+
+def extract(config: s.ExtractConfig) -> tuple[str, Any]:
+    """The adapter file that was written, and the error of each layer."""
+    from lora_vision.base import load_base
+    from lora_vision.files import save_adapter
+    from lora_vision.tools.extract import extract
+
+    tuned, base = (load_base(name, config=config.base_config) for name in (config.tuned, config.base))
+    rank = config.rank if config.rank == "auto" else int(config.rank)
+    options: dict[str, Any] = {"clamp": config.clamp, "vectors": config.vectors, "dtype": _dtype(config.precision)}
+    found = extract(tuned.parts, base.parts, rank, **options)
+    parents = [{"file": Path(b.source).name, "fingerprint": b.fingerprint} for b in (tuned, base)]
+    own = {"lora_vision.base": Path(base.source).name, "lora_vision.base_fingerprint": base.fingerprint}
+    made = lineage.record(own, "extract", parents, {"rank": config.rank, "clamp": config.clamp})
+    file = save_adapter(replace(found.adapter, metadata=made), config.output, config.format)
+    return f"{found}\nwrote {file}", {"file": file, **found.to_dict()}
+
+
+def resize(config: s.ResizeConfig) -> tuple[str, Any]:
+    """The adapter file that was written, and what each layer lost."""
+    from lora_vision.files import load_adapter, member, save_adapter
+    from lora_vision.tools import resize as r
+
+    fields = ("rank", "energy", "dynamic_method", "dynamic_param")
+    chosen = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
+    told = chosen | ({"size": config.size} if config.size else {})
+    bytes_ = r.parse_size(config.size) if config.size else None
+    size = r.Size(**chosen, size=bytes_, dtype=_dtype(config.precision), format=config.format)
+    adapter = load_adapter(config.file)
+    made = lineage.record(adapter.metadata, "resize", [member(config.file)], told)
+    found = r.resize(replace(adapter, metadata=made), size)
+    file = save_adapter(found.adapter, config.output, config.format)
+    sizes = [member(path).stat().st_size for path in (config.file, file)]
+    text = f"{found}\nwrote {file}: {sizes[0] / 1e6:.2f} MB -> {sizes[1] / 1e6:.2f} MB"
+    return text, {"file": file, "bytes": sizes[1], "bytes_before": sizes[0], **found.to_dict()}
+
+
+def bake(config: s.BakeConfig) -> tuple[str, Any]:
+    """The checkpoint that was written."""
+    from lora_vision.base import load_base
+    from lora_vision.files import load_adapter
+    from lora_vision.generate import read_voices
+    from lora_vision.tools import bake as b
+
+    voices = read_voices(config.adapter)
+    adapters = [(load_adapter(voice.file), voice.scale) for voice in voices]
+    base = load_base(config.base, config=config.base_config)
+    b.bake(base, adapters)
+    base.to("cpu", _dtype(config.precision))
+    parents = [{"file": Path(v.file).name, "sha256": v.sha256, "scale": v.scale} for v in voices]
+    told = b.provenance(base, parents)
+    write = b.write_file if config.output.endswith(".safetensors") else b.write_folder
+    path = write(base, config.output, told)
+    data = {"output": path, "fingerprint": told[b.FINGERPRINT], "base": base.source, "adapters": parents}
+    return f"wrote {path}: {base.source} with {', '.join(config.adapter)}", data
