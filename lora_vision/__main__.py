@@ -1,4 +1,4 @@
-"""`python -m lora_vision`: the command line without an installed script."""
+"""``python -m lora_vision``: the command line where the ``lora-vision`` program is not on the path."""
 
 import sys
 
