@@ -119,7 +119,7 @@ def load_pixels(path: Path, resolution: int) -> Tensor:
     Raises:
         DataError: Where it cannot be read.
     """
-    square = ImageOps.fit(_open(path), (resolution, resolution), Image.Resampling.LANCZOS)
+    square = ImageOps.fit(open_picture(path), (resolution, resolution), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(square, dtype=np.uint8))
     return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
@@ -131,8 +131,12 @@ def crop_offset(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     return round((height * scale - resolution) / 2), round((width * scale - resolution) / 2)
 
 
-def _open(path: Path) -> Image.Image:
-    """The picture as upright RGB."""
+def open_picture(path: Path) -> Image.Image:
+    """The picture as upright RGB: EXIF rotation applied, transparency put on white.
+
+    Raises:
+        DataError: Where it cannot be read.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it refuses twice that by itself
@@ -153,7 +157,7 @@ def _open(path: Path) -> Image.Image:
 
 def _check_picture(path: Path, caption: str) -> Picture:
     """The picture, decoded once so that a broken one is found before any training."""
-    width, height = _open(path).size
+    width, height = open_picture(path).size
     return Picture(path, caption, (height, width), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
