@@ -112,6 +112,7 @@ COMMANDS: Mapping[str, Command] = {
     "resize": Command(wanted.ResizeConfig, tools.resize, ("file",)),
     "bake": Command(wanted.BakeConfig, tools.bake),
     "merge": Command(config.MergeConfig, merge, ("adapters",)),
+    "compare": Command(wanted.CompareConfig, tools.compare, ("a", "b")),
     "where": Command(config.WhereConfig, where, ("name",)),
 }
 

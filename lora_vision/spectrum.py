@@ -85,10 +85,20 @@ def spectrum(factors: Factors, base: Tensor | None = None) -> Spectrum:
 def of_matrix(change: Tensor) -> Spectrum:
     """The spectrum of a whole matrix [O, I] or kernel [O, I, K, K].
 
+    From the eigenvalues of the smaller Gram matrix in float64: several times faster than an SVD in float32, and closer.
+    Where a singular value is zero, the other side's vector is zero too.
+
     Raises:
         AdapterError: It has one dimension only.
     """
     if change.dim() < 2:
         raise AdapterError("a bias or a norm has no singular values")
-    u, s, v = torch.linalg.svd(change.float().flatten(1), full_matrices=False)
-    return Spectrum(u, s, v, tuple(change.shape[1:]))
+    flat = change.double().flatten(1)
+    wide = flat.shape[0] <= flat.shape[1]
+    side = flat if wide else flat.t()
+    squares, vectors = torch.linalg.eigh(side @ side.t())
+    values, vectors = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    others = vectors.t() @ side / values.clamp_min(1e-30)[:, None]
+    others[values <= values[:1] * 1e-12] = 0
+    left, right = (vectors, others) if wide else (others.t(), vectors.t())
+    return Spectrum(left.float(), values.float(), right.float(), tuple(change.shape[1:]))

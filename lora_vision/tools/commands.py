@@ -83,3 +83,16 @@ def bake(config: s.BakeConfig) -> tuple[str, Any]:
     path = write(base, config.output, told)
     data = {"output": path, "fingerprint": told[b.FINGERPRINT], "base": base.source, "adapters": parents}
     return f"wrote {path}: {base.source} with {', '.join(config.adapter)}", data
+
+
+def compare(config: s.CompareConfig) -> tuple[str, Any]:
+    """How two adapters agree, and how much they will fight."""
+    from lora_vision.files import load_adapter
+    from lora_vision.tools.compare import compare
+
+    found = compare(load_adapter(config.a), load_adapter(config.b), _weights(config.base))
+    data = {"a": config.a, "b": config.b, **found.to_dict()}
+    if config.picture is None or not found.layers:
+        return str(found), data
+    found.picture([Path(config.a).stem, Path(config.b).stem]).save(config.picture)
+    return f"{found}\nwrote {config.picture}", {**data, "picture": config.picture}
