@@ -117,7 +117,9 @@ def _parser(
         if get_origin(kind) is Literal:
             options = {"choices": get_args(kind)}
         action: Any = argparse.BooleanOptionalAction if kind is bool else "append" if several else "store"
-        text = texts[field.name].replace("%", "%%") + (" (may be repeated)" if several else "")
+        if field.metadata.get("several"):
+            action, options = "extend", {**options, "nargs": "+"}
+        text = " ".join(texts[field.name].split()).replace("%", "%%") + (" (may be repeated)" if several else "")
         if field.name in required:
             text += " (required)"
         elif field.default not in (None, "", ()) and field.default is not False:

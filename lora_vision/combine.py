@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_vision.adapter import Adapter
 from lora_vision.errors import AdapterError
-from lora_vision.factors import Factors, Full, LowRank
+from lora_vision.factors import IA3, Factors, Full, LowRank
+from lora_vision.klora import turning_points
 
 Terms = Sequence[tuple[Factors, float]]
 """What the adapters do to one layer: the change and the weight of each that reaches it."""
@@ -46,41 +47,88 @@ class Recipe:
     """Seed of what DARE drops."""
 
 
-def combine(adapters: Sequence[tuple[Adapter, float]], how: str = "concat", recipe: Recipe | None = None) -> Combined:
+def combine(
+    adapters: Sequence[tuple[Adapter, float]],
+    how: str = "concat",
+    recipe: Recipe | None = None,
+    base: Mapping[str, Tensor] | None = None,
+) -> Combined:
     """The adapters as one, and how far it is from their true weighted sum.
 
     Args:
         adapters: Each adapter with its weight; negative weights subtract.
-        how: ``concat``, ``svd``, ``linear``, ``ties``, ``dare`` or ``magnitude``: see METHODS.
+        how: ``concat``, ``svd``, ``linear``, ``ties``, ``dare`` or ``magnitude`` (see METHODS), or ``klora``.
         recipe: Rank, density and seed of the approximate methods.
+        base: True layer name to untouched weight; needed where a change depends on it (DoRA, IA3).
 
     Raises:
         AdapterError: The method is unknown, a setting is out of range, the adapters do not fit each other, or one
             needs the base weight (DoRA, IA3).
     """
     recipe = recipe or Recipe()
+    adapters = [(plain(adapter, base), weight) for adapter, weight in adapters]
     _check(adapters, how, recipe)
+    taken = _shared_out(adapters) if how == "klora" else adapters
     generator = torch.Generator().manual_seed(recipe.seed)
     layers: dict[str, Factors] = {}
-    missed: dict[str, list[float]] = {}
     with torch.no_grad():
-        for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.layers):
-            terms = [(adapter.layers[name], weight) for adapter, weight in adapters if name in adapter.layers]
+        for name, terms in _by_layer(taken).items():
             try:
-                layers[name] = _one_layer(terms, how, recipe, generator)
-                if not (heavy := _heavy(terms)):
-                    continue
-                total = sum_of(heavy)
-                gap = layers[name].delta(total) - total
+                layers[name] = _one_layer(terms, "concat" if how == "klora" else how, recipe, generator)
             except (AdapterError, RuntimeError) as error:
                 raise AdapterError(f"{name}: {error}") from error
-            for group in (_group(name), "all"):
-                sums = missed.setdefault(group, [0.0, 0.0])
-                sums[0] += float(gap.square().sum())
-                sums[1] += float(total.square().sum())
-    errors = {group: math.sqrt(gap / total) if total else 0.0 for group, (gap, total) in missed.items()}
     extras = [adapter.extras for adapter, _ in adapters if adapter.extras]
-    return Combined(Adapter(layers, extras[0] if extras else {}, {"lora_vision_combined": how}), errors)
+    found = Adapter(layers, extras[0] if extras else {}, {"lora_vision_combined": how})
+    return Combined(found, errors_of(found, adapters))
+
+
+@torch.no_grad()
+def errors_of(found: Adapter, adapters: Sequence[tuple[Adapter, float]]) -> dict[str, float]:
+    """How far an adapter is from the true weighted sum of others, by group of layers: see ``Combined.errors``."""
+    missed: dict[str, list[float]] = {}
+    for name, terms in _by_layer(adapters).items():
+        if not (heavy := _heavy(terms)):
+            continue
+        total = sum_of(heavy)
+        gap = found.layers[name].delta(total) - total if name in found.layers else total
+        for group in (_group(name), "all"):
+            sums = missed.setdefault(group, [0.0, 0.0])
+            sums[0] += float(gap.square().sum())
+            sums[1] += float(total.square().sum())
+    return {group: math.sqrt(gap / total) if total else 0.0 for group, (gap, total) in missed.items()}
+
+
+def _by_layer(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, list[tuple[Factors, float]]]:
+    found: dict[str, list[tuple[Factors, float]]] = {}
+    for adapter, weight in adapters:
+        for name, factors in adapter.layers.items():
+            found.setdefault(name, []).append((factors, weight))
+    return found
+
+
+@torch.no_grad()
+def plain(adapter: Adapter, base: Mapping[str, Tensor] | None) -> Adapter:
+    """The adapter with what depends on the base written as the change that it is there."""
+    layers = dict(adapter.layers)
+    for name, factors in layers.items():
+        needs_bias = isinstance(factors, IA3) and factors.with_bias and not factors.on_input
+        if factors.needs_base and base is not None and name in base and not needs_bias:
+            layers[name] = Full(diff=factors.delta(base[name]), bias=factors.bias_delta())
+    return replace(adapter, layers=layers)
+
+
+def _shared_out(adapters: Sequence[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
+    """Subject and style as K-LoRA shares out their attention layers half way through denoising.
+
+    A file cannot change from step to step as the paper has it: that is ``schedules.klora`` on a Blend.
+    """
+    if len(adapters) != 2:
+        raise AdapterError(f"klora is for two adapters, the subject and then the style; found {len(adapters)}")
+    (subject, amount), (style, share) = adapters
+    points = turning_points(subject, style)
+    ours = {name: factors for name, factors in subject.layers.items() if points.get(name, 1) > 0.5}
+    theirs = {name: factors for name, factors in style.layers.items() if points.get(name, 0) <= 0.5}
+    return [(replace(subject, layers=ours), amount), (replace(style, layers=theirs), share)]
 
 
 def sum_of(terms: Terms) -> Tensor:
@@ -165,8 +213,8 @@ METHODS: Mapping[str, Callable[[Terms, Recipe, torch.Generator], Factors]] = {
 
 
 def _check(adapters: Sequence[tuple[Adapter, float]], how: str, recipe: Recipe) -> None:
-    if how not in METHODS:
-        raise AdapterError(f"no way to combine is called {how!r}; choose one of {', '.join(METHODS)}")
+    if how not in (*METHODS, "klora"):
+        raise AdapterError(f"no way to combine is called {how!r}; choose one of {', '.join(METHODS)}, klora")
     if not adapters:
         raise AdapterError("no adapters to combine; give at least one")
     if (recipe.rank or 1) < 1 or not 0 < recipe.density <= 1:
@@ -183,7 +231,9 @@ def _check(adapters: Sequence[tuple[Adapter, float]], how: str, recipe: Recipe) 
         for name, factors in adapter.layers.items():
             if factors.needs_base:
                 kind = type(factors).__name__
-                raise AdapterError(f"{name} is {kind}, which depends on the base weight; blend it on a model instead")
+                raise AdapterError(
+                    f"{name} is {kind}, which depends on the base weight; name that base, or blend it on a model"
+                )
 
 
 def _one_layer(terms: Terms, how: str, recipe: Recipe, generator: torch.Generator) -> Factors:

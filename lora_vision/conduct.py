@@ -6,7 +6,10 @@ are there only while something varies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +20,23 @@ from lora_vision.errors import AdapterError
 from lora_vision.regions import Region, averaged, repeated, shares
 from lora_vision.schedules import Moment, Schedule
 from lora_vision.stack import Stack
+
+
+class _Hook:
+    """A hook that a copied or pickled model leaves behind: the copy goes on with the gains it had at that moment."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = torch.compiler.disable(run)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return partial, (_pass,)
+
+
+def _pass(*args: Any) -> None:
+    return None
 
 
 class Conductor:
@@ -66,10 +86,9 @@ class Conductor:
         if not self._schedules and not self._regions and rows == 1:
             self.stack.apply(self._weights)
             return
-        before = torch.compiler.disable(self._before)
-        self._handles.append(self.model.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True))
         if self._regions:
-            self._handles.append(self.model.register_forward_hook(torch.compiler.disable(self._after)))
+            self._handles.append(self.model.register_forward_hook(_Hook(self._after)))
 
     def quiet(self) -> None:
         """Takes the hooks off."""
@@ -84,7 +103,7 @@ class Conductor:
         rows = self._rows(batch)
         weights = {n: w.expand(len(rows), -1) if len(w) == 1 else w[rows] for n, w in self._weights.items()}
         if moment is not None:
-            weights.update({name: weights[name] * _factor(name, s, moment) for name, s in self._schedules.items()})
+            weights.update({name: weights[name] * self._factor(name, moment) for name in self._schedules})
         self.stack.arrange(weights, len(rows), fluid=True)
         self.stack.write(weights)
         self._playing = (moment, batch)
@@ -96,21 +115,27 @@ class Conductor:
             return [region for region in range(count) for _ in range(batch)]
         if count == 1:
             return [0]
-        halves = 2 if self.part == "unet" and self._guided else 1
-        pictures, odd = divmod(batch, halves)
+        copies = 1 + self._guided + self._perturbed if self.part == "unet" else 1
+        pictures, odd = divmod(batch, copies)
         if odd or pictures % count:
-            guided = " with guidance" if halves == 2 else ""
+            guided = " with guidance" if copies > 1 else ""
             raise AdapterError(
                 f"{self.part} runs on a batch of {batch}{guided}, which {count} rows of weights do not divide; "
                 "give one row for each prompt, or one for each picture"
             )
-        return [row for row in range(count) for _ in range(pictures // count)] * halves
+        return [row for row in range(count) for _ in range(pictures // count)] * copies
 
     @property
     def _guided(self) -> bool:
         return bool(getattr(self._pipe, "do_classifier_free_guidance", False))
 
+    @property
+    def _perturbed(self) -> bool:
+        """Whether perturbed-attention guidance adds a third copy of the batch."""
+        return bool(getattr(self._pipe, "do_perturbed_attention_guidance", False))
+
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        self._pipe = _caller(model) or self._pipe
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
         self._batch = len(first)
         self.at(self._moment(args, kwargs) if self._schedules else None, self._batch)
@@ -134,6 +159,19 @@ class Conductor:
         step = int((times - now).abs().argmin())
         return Moment(step, len(times))
 
+    def _factor(self, name: str, moment: Moment) -> float | Tensor:
+        """What the weights [G, L] of an adapter are multiplied by: one number, or [L]."""
+        found = self._schedules[name](moment)
+        factors = list(found.values()) if isinstance(found, Mapping) else [float(found)]
+        if odd := [factor for factor in factors if not math.isfinite(factor)]:
+            raise AdapterError(f"the schedule of {name} gives {odd[0]} at step {moment.step}; expected a finite number")
+        if not isinstance(found, Mapping):
+            return factors[0]
+        columns = self.stack.loaded[name].columns
+        if strange := found.keys() - columns.keys():
+            raise AdapterError(f"the schedule of {name} names {min(strange)}, which that adapter does not change")
+        return torch.tensor([found.get(layer, 1.0) for layer in columns])
+
     def _retold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with the text states of regions that have a prompt put in, guidance's other half left alone."""
         if not any(self._texts):
@@ -156,8 +194,18 @@ class Conductor:
         return tuple(args), kwargs
 
 
-def _factor(name: str, schedule: Schedule, moment: Moment) -> float:
-    factor = float(schedule(moment))
-    if factor - factor != 0:
-        raise AdapterError(f"the schedule of {name} gives {factor} at step {moment.step}; expected a finite number")
-    return factor
+def _caller(model: nn.Module) -> Any:
+    """The pipeline that is calling this UNet right now, or None.
+
+    ``from_pipe`` puts the same models into another pipeline, with a guidance and perhaps a scheduler of its own; asking
+    the one the Blend was made on would give each row of weights to the wrong picture, silently.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if callable(owner) and not isinstance(owner, nn.Module) and hasattr(owner, "scheduler"):
+            unet = getattr(owner, "unet", None)
+            if getattr(unet, "_orig_mod", unet) is model:
+                return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -20,12 +18,22 @@ from tqdm import tqdm
 
 from lora_vision import __version__
 from lora_vision.base import load_base
-from lora_vision.blend import Blend
+from lora_vision.blend import Blend, Weight
 from lora_vision.config import GenerateConfig
-from lora_vision.errors import AdapterError, DataError, LoraVisionError
+from lora_vision.errors import DataError, LoraVisionError
 from lora_vision.files import load_adapter
+from lora_vision.lineage import sha256_of
 from lora_vision.samples import to_pictures
 from lora_vision.sheet import sheet
+from lora_vision.voices import (
+    Voice,
+    read_schedules,
+    read_shelf,
+    read_sweeps,
+    read_tags,
+    read_voices,
+    with_named,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,42 +43,26 @@ KEY = "lora_vision"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclasses.dataclass(frozen=True)
-class Voice:
-    """An adapter that sounds in a picture.
-
-    Attributes:
-        name: What it is called here: the file's stem, numbered where two are alike.
-        file: The file, as the user names it.
-        scale: The user's multiplier.
-        sha256: Hash (hex) of the file's bytes.
-    """
-
-    name: str
-    file: str
-    scale: float
-    sha256: str
-
-
 def generate(config: GenerateConfig) -> list[dict[str, Any]]:
     """The recipe of each picture drawn, with the `file` it was written to.
 
     One picture is drawn at a time, so that it depends on nothing but its own recipe.
 
     Raises:
-        AdapterError: Where an adapter cannot be read or does not fit the base.
+        AdapterError: Where an adapter, a tag, a sweep or a schedule cannot be read or does not fit the base.
         BaseModelError: Where the base cannot be loaded.
         LoraVisionError: Where a picture cannot be written, or comes out as something that is no number.
     """
     folder = Path(config.output).absolute().parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise LoraVisionError(f"--output {config.output}: {folder} is no folder one can write to; make it first")
-    voices = read_voices(config.adapter)
-    studio = Studio(config, voices)
+    studio = Studio(config)
     seeds = range(config.seed, config.seed + config.count)
     shots = [(prompt, seed) for prompt in config.prompts for seed in seeds]
     if config.grid:
         return [studio.draw_grid(shots)]
+    if config.sweep:
+        return [studio.draw_sweep(shots)]
     numbered = Path(config.output).with_suffix("")
     files = [f"{numbered}-{number}.png" for number in range(1, len(shots) + 1)] if len(shots) > 1 else [config.output]
     bar = tqdm(zip(files, shots, strict=True), "pictures", total=len(shots), disable=len(shots) < 2)
@@ -80,9 +72,18 @@ def generate(config: GenerateConfig) -> list[dict[str, Any]]:
 class Studio:
     """A base with its adapters, ready to draw; `config` is the user's with every choice filled in."""
 
-    def __init__(self, config: GenerateConfig, voices: Sequence[Voice]) -> None:
+    def __init__(self, config: GenerateConfig) -> None:
         """The base, loaded and moved to the GPU if there is one; adapters are read first, since that takes no time."""
-        adapters = {voice.name: load_adapter(voice.file) for voice in voices}
+        self.sweeps = read_sweeps(config.sweep)
+        tags = {prompt: read_tags(prompt)[1] for prompt in config.prompts}
+        shelf = read_shelf(config.adapter_dir)
+        self.voices = with_named(
+            read_voices(config.adapter, shelf),
+            [*(name for each in tags.values() for name in each), *self.sweeps],
+            shelf,
+        )
+        adapters = {voice.name: load_adapter(voice.file) for voice in self.voices}
+        self.schedules = read_schedules(config.schedule, adapters)
         cuda = torch.cuda.is_available()
         precision = config.precision if config.precision != "auto" else "fp16" if cuda else "fp32"
         base = load_base(config.base, config=config.base_config)
@@ -95,36 +96,68 @@ class Studio:
             guidance=base.recipe.guidance if config.guidance is None else config.guidance,
             size=config.size or f"{side}x{side}",
         )
-        self.voices = voices
         self.pipe: Any = base.pipeline()
         self.blend = Blend(self.pipe)
         for name, adapter in adapters.items():
-            self.blend.load(adapter, name)
+            self.blend.load(adapter, name, scale=0.0)
+
+    def cast(self, prompt: str) -> list[Voice]:
+        """The voices at the scales that a prompt gives them; those that stay silent are left out."""
+        tags = read_tags(prompt)[1]
+        voices = [dataclasses.replace(voice, scale=tags.get(voice.name, voice.scale)) for voice in self.voices]
+        return [voice for voice in voices if voice.scale or any(voice.layers.values())]
 
     def draw_one(self, file: str, prompt: str, seed: int) -> dict[str, Any]:
         """The recipe of one picture, drawn with all adapters and written to a file."""
         own = dataclasses.replace(self.config, prompts=(prompt,), seed=seed, count=1)
-        picture = self.draw(prompt, seed, {voice.name: voice.scale for voice in self.voices})
-        return self.write(picture, file, own)
+        voices = self.cast(prompt)
+        picture = self.draw(prompt, seed, {voice.name: voice.weight() for voice in voices})
+        return self.write(picture, file, own, voices)
 
     def draw_grid(self, shots: Sequence[tuple[str, int]]) -> dict[str, Any]:
         """The recipe of a grid, drawn and written: shots down; across the base, each adapter alone, then all."""
-        columns: dict[str, dict[str, float]] = {"base": {}}
-        columns |= {voice.name: {voice.name: voice.scale} for voice in self.voices}
-        columns |= (
-            {" + ".join(v.name for v in self.voices): {v.name: v.scale for v in self.voices}} if self.voices else {}
-        )
-        with tqdm(desc="pictures", total=len(columns) * len(shots)) as bar:
-            pictures: list[list[Image.Image]] = []
-            for prompt, seed in shots:
-                pictures.append([])
-                for scales in columns.values():
-                    pictures[-1].append(self.draw(prompt, seed, scales))
-                    bar.update()
-        rows = [prompt if self.config.count == 1 else f"{prompt} ({seed})" for prompt, seed in shots]
-        return self.write(sheet(pictures, rows, list(columns)), self.config.output, self.config)
+        names = [voice.name for voice in self.voices]
+        columns: dict[str, Sequence[str]] = {"base": (), **{name: (name,) for name in names}}
+        columns |= {" + ".join(names): names} if names else {}
+        cells = [
+            [(*shot, {v.name: v.weight() for v in self.cast(shot[0]) if v.name in some}) for some in columns.values()]
+            for shot in shots
+        ]
+        return self.draw_sheet(cells, self.row_labels(shots), list(columns))
 
-    def draw(self, prompt: str, seed: int, scales: Mapping[str, float]) -> Image.Image:
+    def draw_sweep(self, shots: Sequence[tuple[str, int]]) -> dict[str, Any]:
+        """The recipe of a sheet, drawn and written: the first sweep across, the second down, for each shot."""
+        across, *down = [[(name, scale) for scale in scales] for name, scales in self.sweeps.items()]
+        lines: list[list[tuple[str, float]]] = [[step] for step in down[0]] if down else [[]]
+        cells, rows = [], []
+        swept = {voice.name: voice for voice in self.voices if voice.name in self.sweeps}
+        for label, (prompt, seed) in zip(self.row_labels(shots), shots, strict=True):
+            others = {voice.name: voice.weight() for voice in self.cast(prompt) if voice.name not in swept}
+            for line in lines:
+                steps = [{name: swept[name].weight(scale) for name, scale in (step, *line)} for step in across]
+                cells.append([(prompt, seed, {**others, **step}) for step in steps])
+                shot = [label] if len(shots) > 1 or not line else []
+                rows.append(" ".join([*shot, *(f"{name} {scale:g}" for name, scale in line)]))
+        return self.draw_sheet(cells, rows, [f"{name} {scale:g}" for name, scale in across])
+
+    def draw_sheet(
+        self, cells: Sequence[Sequence[tuple[str, int, Mapping[str, Weight]]]], rows: list[str], columns: list[str]
+    ) -> dict[str, Any]:
+        """The recipe of a labelled sheet of pictures, each given as prompt, seed and scales."""
+        with tqdm(desc="pictures", total=len(rows) * len(columns)) as bar:
+            pictures: list[list[Image.Image]] = []
+            for line in cells:
+                pictures.append([])
+                for cell in line:
+                    pictures[-1].append(self.draw(*cell))
+                    bar.update()
+        return self.write(sheet(pictures, rows, columns), self.config.output, self.config, self.voices)
+
+    def row_labels(self, shots: Sequence[tuple[str, int]]) -> list[str]:
+        """What stands beside the row of each shot."""
+        return [prompt if self.config.count == 1 else f"{prompt} ({seed})" for prompt, seed in shots]
+
+    def draw(self, prompt: str, seed: int, scales: Mapping[str, Weight]) -> Image.Image:
         """The picture of a prompt with the named adapters at these scales.
 
         The VAE decodes in fp32, because SDXL's overflows in fp16.
@@ -133,9 +166,11 @@ class Studio:
             LoraVisionError: Where the picture holds NaN or infinity, which viewers show as black.
         """
         width, height = self.config.pixels() or (None, None)
-        self.blend.set(scales)
+        if scales.keys() != self.blend.scales.keys():
+            self.blend.set({})  # the stack in order of names: what was drawn before leaves no trace in the rounding
+        self.blend.set(scales, schedule={name: s for name, s in self.schedules.items() if name in scales})
         latents = self.pipe(
-            prompt=prompt,
+            prompt=read_tags(prompt)[0],
             negative_prompt=self.config.negative,
             num_inference_steps=self.config.steps,
             guidance_scale=self.config.guidance,
@@ -152,12 +187,12 @@ class Studio:
             )
         return to_pictures(pixels)[0]
 
-    def write(self, picture: Image.Image, file: str, config: GenerateConfig) -> dict[str, Any]:
+    def write(self, picture: Image.Image, file: str, config: GenerateConfig, voices: Sequence[Voice]) -> dict[str, Any]:
         """The recipe of a picture, written into its file, which appears whole or not at all."""
-        recipe = self.recipe(config)
+        recipe = self.recipe(config, voices)
         chunks = PngInfo()
         chunks.add_text(KEY, json.dumps(recipe))
-        chunks.add_text("parameters", self.parameters(config))
+        chunks.add_text("parameters", self.parameters(config, voices))
         unfinished = Path(f"{file}.unfinished")
         try:
             picture.save(unfinished, "PNG", pnginfo=chunks)
@@ -166,22 +201,23 @@ class Studio:
             unfinished.unlink(missing_ok=True)
         return {"file": file, **recipe}
 
-    def recipe(self, config: GenerateConfig) -> dict[str, Any]:
+    def recipe(self, config: GenerateConfig, voices: Sequence[Voice]) -> dict[str, Any]:
         """All that is needed to draw a picture again: settings, and what the files and libraries were."""
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
         return {
             "config": settings,
-            "adapters": [dataclasses.asdict(voice) for voice in self.voices],
+            "adapters": [dataclasses.asdict(voice) for voice in voices],
             "base": {"name": config.base, "family": self.base.family, "fingerprint": self.base.fingerprint},
             "sampler": type(self.pipe.scheduler).__name__,
             "device": self.base.device.type,
             "versions": {KEY: __version__, **{name: version(name) for name in ("torch", "diffusers", "transformers")}},
         }
 
-    def parameters(self, config: GenerateConfig) -> str:
+    def parameters(self, config: GenerateConfig, voices: Sequence[Voice]) -> str:
         """The settings as A1111 writes them, for the tools that read those."""
-        tags = "".join(f" <lora:{voice.name}:{voice.scale:g}>" for voice in self.voices)
-        hashes = ", ".join(f"{voice.name}: {voice.sha256[:12]}" for voice in self.voices)
+        tagged = {name for prompt in config.prompts for name in read_tags(prompt)[1]}
+        tags = "".join(f" <lora:{voice.name}:{voice.scale:g}>" for voice in voices if voice.name not in tagged)
+        hashes = ", ".join(f"{voice.name}: {voice.sha256[:12]}" for voice in voices)
         facts = {
             "Steps": config.steps,
             "Sampler": type(self.pipe.scheduler).__name__.removesuffix("Scheduler"),
@@ -197,34 +233,6 @@ class Studio:
         return f"{' / '.join(config.prompts)}{tags}\n{negative}" + ", ".join(f"{k}: {v}" for k, v in facts.items())
 
 
-def read_voices(texts: Sequence[str]) -> list[Voice]:
-    """The adapters that FILE or FILE:SCALE name; a colon inside a path, as on Windows, stays with it.
-
-    Raises:
-        AdapterError: Where there is no such file, or its scale is no finite number.
-    """
-    voices: list[Voice] = []
-    for text in texts:
-        file, colon, tail = text.rpartition(":")
-        scale = 1.0
-        if not colon or Path(text).exists():
-            file = text
-        elif Path(file).exists():
-            try:
-                scale = float(tail)
-            except ValueError:
-                scale = math.nan
-            if not math.isfinite(scale):
-                raise AdapterError(f"--adapter {text}: {tail!r} is no scale; a number is needed, as {file}:0.8")
-        if not Path(file).exists():
-            raise AdapterError(f"--adapter {text}: there is no such file; expected FILE or FILE:SCALE")
-        names = {voice.name for voice in voices}
-        stem = Path(file).stem
-        name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(texts) + 2))) if n not in names)
-        voices.append(Voice(name, file, scale, _sha256(Path(file))))
-    return voices
-
-
 def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe in a picture drawn by `generate`.
 
@@ -237,14 +245,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (OSError, KeyError, ValueError) as error:
         raise DataError(f"{path} is no picture drawn by `lora-vision generate`: it has no recipe") from error
     for voice in recipe["adapters"]:
-        if Path(voice["file"]).exists() and _sha256(Path(voice["file"])) != voice["sha256"]:
+        if Path(voice["file"]).exists() and sha256_of(voice["file"]) != voice["sha256"]:
             logger.warning("%s is no longer the file that %s was drawn with", voice["file"], path)
     return recipe
-
-
-def _sha256(path: Path) -> str:
-    """Hash (hex) of the bytes of a file, or of all files of a folder in order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
