@@ -5,7 +5,7 @@ The text below a field is its help line: the command line and the configuration 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -158,7 +158,15 @@ class GenerateConfig:
     base_config: str | None = None
     """For a single checkpoint without network: a diffusers folder of the same kind of model."""
     adapter: tuple[str, ...] = ()
-    """Adapter file and, after a colon, its scale: ink.safetensors:0.8 (scale 1 if left out)."""
+    """Adapter file, scale (1 if left out), scales of some layers: ink.safetensors:0.8@unet.up_blocks.*=0.5."""
+    adapter_dir: str | None = None
+    """Folder of adapter files, for --adapter, --sweep and <lora:NAME:SCALE> in prompts to call by name."""
+    schedule: tuple[str, ...] = ()
+    """What scales are multiplied by while denoising: ink=linear:1:0, or linear:1:0 for all adapters. Kinds: constant:X,
+    linear:FROM:TO, cosine:FROM:TO (1 to 0 if left out), window:BEGIN:END (from 0 to 1), list:X:X:...; for all adapters
+    also switch:STEPS (they take turns) and klora (layers of the first, the subject, pass to the second, the style)."""
+    sweep: tuple[str, ...] = field(default=(), metadata={"several": True})
+    """Draw one sheet over scales of one adapter or two: ink=0,0.25,...,1 gold=0,1."""
     seed: int = 0
     """Seed of each prompt's first picture."""
     count: int = 1
@@ -181,6 +189,8 @@ class GenerateConfig:
             raise ValueError('an empty prompt: say what to draw, as in "a red apple"')
         if not self.output.lower().endswith(".png"):
             raise ValueError(f"--output {self.output}: a name ending in .png is needed")
+        if self.grid and self.sweep:
+            raise ValueError("--grid and --sweep are two kinds of sheet: choose one")
         if self.count < 1:
             raise ValueError(f"--count {self.count}: at least 1 is needed")
         if self.steps is not None and self.steps < 1:
@@ -225,6 +235,40 @@ class ConvertConfig:
     """For approximating DoRA and IA3, which multiply the base's weights: that base."""
     allow_pickle: bool = False
     """Also read .pt and .bin files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Make one adapter file of several, and tell how far it is from their true weighted sum."""
+
+    adapters: tuple[str, ...]
+    """Adapter files with their scales, as a.safetensors:0.8 (also of some layers: a.safetensors:0.8@text_encoder=0)."""
+    output: str
+    """The adapter file to write, ending in .safetensors."""
+    how: Literal["concat", "svd", "linear", "ties", "dare", "magnitude", "klora", "ziplora"] = "concat"
+    """concat is exact; all others approximate. klora and ziplora want the subject's adapter first, then the style's."""
+    rank: int | None = None
+    """Rank of the result of svd, ties, dare and magnitude (default: the largest of the adapters in each layer)."""
+    density: float = 0.5
+    """Share of each change's elements that ties, dare and magnitude keep."""
+    seed: int = 0
+    """Seed of what dare drops, and of the noise that ziplora learns on."""
+    base: str | None = None
+    """The base they were made for: what DoRA and IA3 multiply, and what ziplora learns on."""
+    prompts: tuple[str, ...] = ()
+    """For ziplora: a prompt that calls the subject, then one that calls the style."""
+    steps: int = 100
+    """Steps of ziplora's learning."""
+    format: Literal["kohya", "diffusers", "peft"] = "kohya"
+    """Format to write."""
+
+    def __post_init__(self) -> None:
+        if not self.output.endswith(".safetensors"):
+            raise ValueError(f"--output {self.output}: a name ending in .safetensors is needed")
+        if self.how == "ziplora" and (self.base is None or len(self.prompts) != 2):
+            raise ValueError("--how ziplora learns on a base: --base and two --prompts, subject and style, are needed")
+        if self.steps < 1:
+            raise ValueError(f"--steps {self.steps}: at least 1 is needed")
 
 
 @dataclass(frozen=True, kw_only=True)
