@@ -49,6 +49,10 @@ class StyleBatch:
     text: TextStates | tuple[str, ...]
     time_ids: Tensor | None = None
 
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.timesteps)
+
 
 @dataclass(frozen=True)
 class EncodedPictures:

@@ -41,6 +41,8 @@ class Job:
         sample: Draws sample pictures after this many steps; must leave weights and random numbers as they are.
         folder: Where the checkpoint lies.
         identity: What a run must share with a checkpoint to continue it.
+        rates: What the learning rate of each parameter is multiplied by; empty: 1 for all.
+        patience: Looks at the held-out batches without an improvement after which training ends; 0 never ends it.
     """
 
     loss: nn.Module
@@ -50,6 +52,8 @@ class Job:
     sample: Callable[[int], None] | None = None
     folder: Path | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    rates: Sequence[float] = ()
+    patience: int = 0
 
 
 @dataclass
@@ -147,6 +151,14 @@ def _check_parameters(job: Job) -> None:
         raise ValueError(f"expected exactly the job's parameters to be trainable; found also {extra[:3]}")
 
 
+def _by_rate(parameters: Sequence[nn.Parameter], rates: Sequence[float]) -> list[dict[str, Any]]:
+    """The optimizer's groups: parameters with the same multiplier of the learning rate, in their order."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, times in zip(parameters, rates or [1.0] * len(parameters), strict=True):
+        groups.setdefault(times, []).append(parameter)
+    return [{"params": members, "times": times} for times, members in groups.items()]
+
+
 class Run:
     """One run on its way: parameters, optimizer, history, number of steps done."""
 
@@ -162,7 +174,8 @@ class Run:
         self.done = 0
         self.failures = 0
         fused = accelerator.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(job.parameters, lr=self.rate, weight_decay=config.weight_decay, fused=fused)
+        groups = _by_rate(job.parameters, job.rates)
+        optimizer = torch.optim.AdamW(groups, lr=self.rate, weight_decay=config.weight_decay, fused=fused)
         self.model, self.optimizer = accelerator.prepare(job.loss, optimizer)
         if config.resume:
             self._load()
@@ -186,17 +199,27 @@ class Run:
                 )
                 if self._due(config.checkpoint_every):
                     self._save()
+                if self._tired():
+                    logger.info(
+                        "stopped at step %d: no better held-out loss since %s", self.done, self.history.best_step
+                    )
+                    break
         return Fitted(self.history, self.best)
 
     def _due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and after the last, happens now; 0 is never."""
         return bool(every) and (self.done == self.steps or self.done % every == 0)
 
+    def _tired(self) -> bool:
+        """Whether the held-out loss has not fallen for as many looks as the job's patience."""
+        since = [step for step in self.history.validation if step > (self.history.best_step or 0)]
+        return 0 < self.job.patience <= len(since)
+
     def step(self) -> float:
         """The loss of the next optimizer step over all its micro-batches, taken unless its gradients are not finite."""
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.done, self.steps, self.rate, config.warmup)
+            group["lr"] = group["times"] * learning_rate(self.done, self.steps, self.rate, config.warmup)
         total = 0.0
         for micro in range(config.accumulate):
             turn = (self.done * config.accumulate + micro) * accelerator.num_processes + accelerator.process_index
@@ -243,7 +266,7 @@ class Run:
     def _validate(self) -> float:
         """The mean loss over the held-out batches."""
         model = self.accelerator.unwrap_model(self.model)
-        sizes = [len(batch.timesteps) for batch in self.job.held_out]
+        sizes = [len(batch) for batch in self.job.held_out]
         losses = [float(model(batch)) for batch in self.job.held_out]
         return sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
 

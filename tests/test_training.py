@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -28,19 +28,22 @@ def fresh_accelerate() -> Iterator[None]:
         state._reset_state()
 
 
-class Points(NamedTuple):
-    """Inputs [B, 3], outputs [B], and the timesteps that only count the rows."""
+@dataclass(frozen=True)
+class Points:
+    """Inputs [B, 3] and outputs [B]."""
 
     x: Tensor
     y: Tensor
-    timesteps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
 
 
 def points(position: int, count: int) -> Points:
     """Samples of y = x1 - 2 x2 + 3 x3, each depending on its position only."""
     rows = [torch.randn(3, generator=generator(0, "point", place)) for place in range(position, position + count)]
     x = torch.stack(rows)
-    return Points(x, x @ torch.tensor([1.0, -2.0, 3.0]), torch.zeros(count))
+    return Points(x, x @ torch.tensor([1.0, -2.0, 3.0]))
 
 
 class Line(nn.Module):
