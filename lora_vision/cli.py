@@ -113,6 +113,11 @@ COMMANDS: Mapping[str, Command] = {
     "bake": Command(wanted.BakeConfig, tools.bake),
     "merge": Command(config.MergeConfig, merge, ("adapters",)),
     "compare": Command(wanted.CompareConfig, tools.compare, ("a", "b")),
+    "report": Command(wanted.ReportConfig, tools.report, ("file",)),
+    "verify": Command(wanted.VerifyConfig, tools.verify, ("file",)),
+    "history": Command(wanted.HistoryConfig, tools.history, ("folder",)),
+    "card": Command(wanted.CardConfig, tools.card, ("file",)),
+    "push": Command(wanted.PushConfig, tools.push, ("file", "repo")),
     "where": Command(config.WhereConfig, where, ("name",)),
 }
 

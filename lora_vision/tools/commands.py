@@ -5,11 +5,14 @@ Torch sleeps until a command runs: everything heavy is imported by its function.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_vision import lineage
+from lora_vision.errors import LoraVisionError
 from lora_vision.tools import settings as s
 
 
@@ -96,3 +99,90 @@ def compare(config: s.CompareConfig) -> tuple[str, Any]:
         return str(found), data
     found.picture([Path(config.a).stem, Path(config.b).stem]).save(config.picture)
     return f"{found}\nwrote {config.picture}", {**data, "picture": config.picture}
+
+
+def report(config: s.ReportConfig) -> tuple[str, Any]:
+    """The page that was written."""
+    from lora_vision import names
+    from lora_vision.base import load_base
+    from lora_vision.files import load_adapter
+    from lora_vision.report import inspect
+    from lora_vision.tools import page
+    from lora_vision.tools.account import account
+
+    adapter, inspection = load_adapter(config.file), inspect(config.file)
+    found = None
+    weights = None
+    if config.base is not None:
+        from lora_vision.tools.trials import trials
+
+        base = load_base(config.base, config=config.base_config)
+        weights = {name: layer.weight for name, layer in names.index(base.parts).items()}
+        found = trials(base, adapter, config.prompts or prompts_of(adapter.metadata), config.seed)
+    counted = account(adapter, weights)
+    folder = config.output or f"{Path(config.file).stem}-report"
+    file = page.write(folder, inspection, counted, found, config.base)
+    data = {"page": file, "account": counted.to_dict(), **({} if found is None else {"trials": found.to_dict()})}
+    return "\n".join([*page.summary(counted, found), f"wrote {file}"]), data
+
+
+def prompts_of(metadata: Mapping[str, str], count: int = 4) -> tuple[str, ...]:
+    """Captions an adapter was trained on, spread over them all, or a few plain prompts."""
+    try:
+        captions = [str(text) for tags in json.loads(metadata["ss_tag_frequency"]).values() for text in tags]
+    except (KeyError, ValueError, AttributeError, TypeError):
+        captions = []
+    captions = captions or ["a fox", "a house", "a tree", "a ship"]
+    return tuple(dict.fromkeys(captions[at * len(captions) // count] for at in range(count)))
+
+
+def verify(config: s.VerifyConfig) -> tuple[str, Any]:
+    """What was checked; afterwards the file is signed off, if that was asked and all is well."""
+    from lora_vision.tools import verify as v
+
+    base = None
+    if config.base is not None:
+        from lora_vision.base import load_base
+
+        base = load_base(config.base, config=config.base_config)
+    key = Path(config.key).read_bytes().strip() if config.key else None
+    if config.key and not key:
+        raise LoraVisionError(f"--key {config.key}: the file is empty; a secret is needed")
+    found = v.verify(config.file, base, None if config.sign_off else key)
+    if config.sign_off and all(check.ok is not False or check.name == "sign-off" for check in found.checks):
+        v.sign_off(config.file, config.sign_off, key)
+        found = v.verify(config.file, base, key)
+    return str(found), found.to_dict()
+
+
+def history(config: s.HistoryConfig) -> tuple[str, Any]:
+    """The adapters of a folder, or the settings in which two of them differ."""
+    from lora_vision.tools import history as h
+
+    if not config.diff:
+        entries = h.history(config.folder)
+        return h.table(entries), h.to_dict(entries)
+    folder = Path(config.folder)
+    paths = [folder / name if (folder / name).exists() else Path(name) for name in config.diff]
+    found = h.differences(*(h.settings_of(path) for path in paths))
+    text = "\n".join(f"{key}: {one} | {other}" for key, (one, other) in found.items()) or "the same settings"
+    return text, {"files": list(config.diff), "settings": {key: list(pair) for key, pair in found.items()}}
+
+
+def card(config: s.CardConfig) -> tuple[str, Any]:
+    """The model card that was written."""
+    from lora_vision.tools.card import write_card
+
+    path = write_card(config.file, config.licence, config.output)
+    return f"wrote {path}", {"card": path}
+
+
+def push(config: s.PushConfig) -> tuple[str, Any]:
+    """Where an adapter was uploaded to, or what would be."""
+    from lora_vision.tools import card as c
+
+    names = list(c.bundle(config.file, config.licence))
+    if config.dry_run:
+        return f"would upload to {config.repo}: {', '.join(names)}", {"repo": config.repo, "files": names}
+    address = c.push(config.file, config.repo, licence=config.licence, private=config.private)
+    return f"uploaded {', '.join(names)}: {address}", {"repo": config.repo, "files": names, "commit": address}

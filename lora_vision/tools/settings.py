@@ -120,8 +120,6 @@ class ReportConfig:
     """What to draw (default: captions the adapter was trained on)."""
     seed: int = 0
     """Seed of the pictures."""
-    steps: int | None = None
-    """Denoising steps (default: the base's own)."""
 
 
 @dataclass(frozen=True, kw_only=True)
