@@ -12,17 +12,35 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Which layers get a trainable low-rank pair, and of what size."""
+class ChangeConfig:
+    """What kind of change a layer learns."""
+
+    variant: Literal["lora", "rslora", "pissa", "dora", "loha", "lokr"] = "lora"
+    """Kind of change: lora; rslora (scaled by alpha / sqrt(rank)); pissa (lora that starts from the principal values);
+    dora; loha; lokr."""
+    alpha: float | None = None
+    """The change is multiplied by alpha / rank (default: the rank, hence by 1)."""
+    layers: tuple[str, ...] = ()
+    """Other numbers for some layers, as "conv:rank=8,alpha=4" or "unet.up_blocks.*:rate=0.5": rate multiplies the
+    learning rate; where several cover a layer, the last one counts."""
+    up_rate: float = 1.0
+    """Learning rate of the up matrices over that of the down matrices (LoRA+; 16 is its authors' choice)."""
+    rank_dropout: float = 0.0
+    """Share of the ranks left out in each micro-batch."""
+    module_dropout: float = 0.0
+    """Share of the layers left out in each micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(ChangeConfig):
+    """Which layers get a trainable change, of what kind and size."""
 
     rank: int = 16
     """Rank of each layer's change."""
-    alpha: float | None = None
-    """The change is multiplied by alpha / rank (default: the rank, hence by 1)."""
     targets: str | tuple[str, ...] = "attention"
     """Layers to adapt: named sets joined by + ("attention+ff") or globs over layer names."""
     seed: int = 0
-    """Seed of the first values of the down matrices."""
+    """Seed of the first values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,31 +102,58 @@ class FitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyleConfig(FitConfig):
-    """Train a style adapter on a folder of pictures."""
+class DataConfig:
+    """What is learnt from: pictures, captions, and how they are shown."""
 
     data: str
-    """Folder of pictures (png, jpg, webp), captions in NAME.txt beside each or in metadata.jsonl."""
+    """Folder of pictures (png, jpg, webp), captions in NAME.txt beside each or in metadata.jsonl; its subfolders called
+    as 10_fox hold concepts: shown 10 times in each pass, "fox" where a caption is missing."""
+    trigger: str | None = None
+    """Words put before every caption (or used as the caption) that will call the style."""
+    resolution: int | None = None
+    """Side of a square picture in pixels; others keep their shape and about its area (default: the base's own)."""
+    upscale: bool = False
+    """Enlarge pictures smaller than the resolution instead of training them at their own size."""
+    flip: bool = False
+    """Show each picture's mirror image too."""
+    alpha_mask: bool = False
+    """Learn only what is opaque in pictures with an alpha channel (NAME.mask.png beside a picture always counts)."""
+    shuffle_tags: bool = False
+    """Show the comma-separated tags of a caption in a new order each time, the trigger first."""
+    keep_tags: int = 0
+    """Tags at a caption's beginning that are neither moved nor dropped."""
+    drop_tags: float = 0.0
+    """Chance of each other tag to be left out."""
+    drop_captions: float = 0.0
+    """Chance of a whole caption to be left out."""
+    prior: str | None = None
+    """What shall stay: a folder of pictures of the same class, or "base" for the base's own answers without trigger."""
+    prior_weight: float = 1.0
+    """Weight of what shall stay against what is new."""
+    holdout: float = 0.1
+    """Share of the pictures kept out of training to validate on."""
+    cache: str | None = None
+    """Folder that keeps encoded pictures for further runs; what changed is encoded anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleConfig(ChangeConfig, FitConfig, DataConfig):
+    """Train a style adapter on a folder of pictures."""
+
     output: str
     """The adapter file to write, ending in .safetensors."""
     base: str = "tiny"
     """Stable Diffusion to adapt: tiny, a diffusers folder, a single .safetensors checkpoint or a Hub id."""
     base_config: str | None = None
     """For a single checkpoint without network: a diffusers folder of the same kind of model."""
-    trigger: str | None = None
-    """Words put before every caption (or used as the caption) that will call the style."""
-    rank: int | None = None
-    """Rank of each layer's change (default: the base's own)."""
-    alpha: float | None = None
-    """The change is multiplied by alpha / rank (default: the rank, hence by 1)."""
+    rank: int | Literal["auto"] | None = None
+    """Rank of each layer's change; auto: each layer keeps what its change needs (default: the base's own)."""
     targets: str | None = None
     """Layers to adapt: named sets joined by + ("attention+ff") or globs (default: the base's own)."""
     train_text: bool = False
     """Adapt the text encoder(s) too."""
-    resolution: int | None = None
-    """Side of the square training pictures in pixels (default: the base's own)."""
-    holdout: float = 0.1
-    """Share of the pictures kept out of training to validate on."""
+    max_norm: float = 0.0
+    """Largest norm of a layer's change, as kohya's scale_weight_norms; 0 leaves them alone."""
     snr_gamma: float = 5.0
     """Min-SNR weighting: no noise level counts for more than this signal-to-noise ratio; 0 turns it off."""
     sample_prompts: tuple[str, ...] = ()
@@ -119,12 +164,14 @@ class StyleConfig(FitConfig):
     def __post_init__(self) -> None:
         least = dict.fromkeys(("steps", "batch_size", "accumulate", "rank"), 1) | {"resolution": 8}
         least |= dict.fromkeys(("holdout", "snr_gamma", "warmup", "weight_decay", "clip"), 0)
-        least |= dict.fromkeys(("validate_every", "sample_every", "checkpoint_every"), 0)
+        least |= dict.fromkeys(("validate_every", "sample_every", "checkpoint_every", "keep_tags", "max_norm"), 0)
+        shares = ("holdout", "warmup", "drop_tags", "drop_captions", "rank_dropout", "module_dropout")
+        least |= dict.fromkeys((*shares, "prior_weight"), 0)
         for name, lowest in least.items():
             value = getattr(self, name)
-            if value is not None and not value >= lowest:
+            if value is not None and value != "auto" and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: at least {lowest} is needed")
-        for name in ("learning_rate", "alpha"):
+        for name in ("learning_rate", "alpha", "up_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
@@ -132,9 +179,9 @@ class StyleConfig(FitConfig):
             raise ValueError(f"--output {self.output}: a name ending in .safetensors is needed")
         if self.resolution is not None and self.resolution % 8:
             raise ValueError(f"--resolution {self.resolution}: a multiple of 8 is needed")
-        for name in ("holdout", "warmup"):
+        for name in shares:
             if not getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: a share below 1 is needed")
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: a share below 1 is needed")
 
     def filled(self, recipe: Recipe) -> Self:
         """This configuration with everything the user left open taken from the base's recipe."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from lora_vision import names
 from lora_vision.adapter import Adapter
 from lora_vision.config import LoraConfig
 from lora_vision.errors import AdapterError, BaseModelError
-from lora_vision.factors import LowRank
-from lora_vision.layers import LoraLayer, check_wrappable, place, put, unwrap, wrap
+from lora_vision.factors import Factors, LowRank
+from lora_vision.layers import LoraLayer, check_wrappable, put, unwrap, wrap
 from lora_vision.stack import Stack
-from lora_vision.targets import select
+from lora_vision.trained import UPS, Trained, factors_of, fresh, is_trained, mapped, plans
 
 
 @dataclass(frozen=True)
@@ -114,45 +113,69 @@ def refuse_unfit(parts: Mapping[str, nn.Module]) -> None:
 def inject(parts: Mapping[str, nn.Module], config: LoraConfig) -> list[nn.Parameter]:
     """The new trainable parameters, float32, in the model's order; the base is frozen and computes as before.
 
-    Each chosen layer gets ``down`` from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) (Kaiming, as kohya and PEFT do), drawn on
-    the CPU from ``config.seed``, and ``up`` zero, so that the model's output does not change by a bit.
+    A plain pair has ``down`` from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) (Kaiming, as kohya and PEFT do), drawn on the CPU
+    from ``config.seed``, and ``up`` zero, so that the model's output does not change by a bit. The other variants begin
+    at zero too (``trained.fresh``); PiSSA's zero is a difference, and so holds up to rounding.
 
     Args:
         parts: Part name to model, for example ``{"unet": unet, "text_encoder": text_encoder}``.
-        config: Rank, alpha, targets and seed.
+        config: Targets, variant, rank, alpha and seed.
 
     Raises:
-        AdapterError: Rank or targets make no sense, or a chosen layer cannot be adapted; nothing was changed.
+        AdapterError: Numbers or targets make no sense, or a chosen layer cannot be adapted; nothing was changed.
         BaseModelError: The model already carries adapters.
     """
-    alpha = float(config.rank if config.alpha is None else config.alpha)
-    if config.rank < 1 or not math.isfinite(alpha):
-        raise AdapterError(f"rank {config.rank} and alpha {alpha}; expected a rank of at least 1 and a finite alpha")
     refuse_unfit(parts)
     layers = names.index(parts)
     refuse_adapted(layers)
-    chosen = select(config.targets, layers)
-    for name in chosen:
+    planned = plans(config, layers)
+    plain = config.variant in ("lora", "rslora") and not (config.rank_dropout or config.module_dropout)
+    for name in planned:
         check_wrappable(name, layers[name])
         if layers[name].weight.device.type == "meta":
             raise BaseModelError(f"{name} has no weights here (offloaded, on the meta device); train without offload")
+        if not plain and isinstance(layers[name], nn.Embedding):
+            raise AdapterError(f"{name} is an embedding, which only a plain LoRA without dropout can train")
     for model in parts.values():
         model.requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
-    return [p for name in chosen for p in _fresh_pair(wrap(layers[name]), config.rank, alpha, generator)]
+    found = []
+    for name, plan in planned.items():
+        layer = wrap(layers[name])
+        factors = fresh(config.variant, layer.weight, plan, generator)
+        if plain and isinstance(factors, LowRank):
+            layer.lora_alpha = factors.alpha
+            put(layer, lora_down=nn.Parameter(factors.down), lora_up=nn.Parameter(factors.up.flatten(1)))
+        else:
+            layer.lora_trained = Trained(factors, config)
+        found += factors_of(layer).tensors().values()
+    return found  # type: ignore[return-value]  # all of them parameters
+
+
+def rates(parts: Mapping[str, nn.Module], config: LoraConfig) -> list[float]:
+    """What the learning rate of each of ``inject``'s parameters is multiplied by, in the same order."""
+    layers = names.index(parts)
+    return [
+        plan.rate * (config.up_rate if field in UPS else 1.0)
+        for name, plan in plans(config, layers).items()
+        for field in factors_of(layers[name]).tensors()
+    ]
 
 
 def collect(parts: Mapping[str, nn.Module]) -> Adapter:
-    """The trained adapter: float32 copies on the CPU of every injected pair; the model stays as it is.
+    """The trained adapter: float32 copies on the CPU of every injected change; the model stays as it is.
 
     Raises:
         AdapterError: Nothing was injected into these parts.
     """
-    found = {}
+    found: dict[str, Factors] = {}
     for name, layer in names.index(parts).items():
-        if isinstance(layer, LoraLayer) and isinstance(layer.lora_down, nn.Parameter) and layer.lora_up is not None:
-            down, up = (t.detach().to("cpu", torch.float32, copy=True) for t in (layer.lora_down, layer.lora_up))
-            found[name] = LowRank(down, up.reshape(*up.shape, *(1,) * (down.dim() - 2)), layer.lora_alpha)
+        if isinstance(layer, LoraLayer) and is_trained(layer):
+            change = factors_of(layer) if layer.lora_trained is None else layer.lora_trained.change()
+            change = mapped(change, lambda t: t.detach().to("cpu", torch.float32, copy=True))
+            if isinstance(change, LowRank):
+                change = replace(change, up=change.up.reshape(*change.up.shape[:2], *(1,) * (change.down.dim() - 2)))
+            found[name] = change
     if not found:
         raise AdapterError(f"no trained layer in {', '.join(parts)}; call inject before collect")
     return Adapter(found)
@@ -198,15 +221,3 @@ def refuse_adapted(layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, LoraLayer):
             raise BaseModelError(f"{name} already carries an adapter; call detach first, or use one Blend for several")
-
-
-def _fresh_pair(layer: LoraLayer, rank: int, alpha: float, generator: torch.Generator) -> list[nn.Parameter]:
-    """The two new parameters of a wrapped layer: random ``down``, zero ``up``."""
-    device, _ = place(layer)
-    shape = layer.weight.shape
-    bound = 1 / math.sqrt(shape[1:].numel())
-    drawn = torch.empty(rank, *shape[1:]).uniform_(-bound, bound, generator=generator)
-    down, up = nn.Parameter(drawn.to(device)), nn.Parameter(torch.zeros(shape[0], rank, device=device))
-    layer.lora_alpha = alpha
-    put(layer, lora_down=down, lora_up=up)
-    return [down, up]

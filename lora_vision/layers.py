@@ -34,6 +34,7 @@ class LoraLayer(nn.Module):
         lora_weight, lora_bias: What the layer uses instead of its weight and bias, or None.
         lora_dense, lora_dense_bias: Dense changes [D, *weight] and [D, O] that differ between rows, or None.
         lora_share: How much of each dense change each row takes [G, D], or None.
+        lora_trained: What is trained instead of a plain pair (``trained.Trained``), or None.
     """
 
     weight: Any  # Parameter, or Parameter | None: the base classes differ
@@ -47,6 +48,7 @@ class LoraLayer(nn.Module):
     lora_dense: Tensor | None
     lora_dense_bias: Tensor | None
     lora_share: Tensor | None
+    lora_trained: Any  # nn.Module | None
 
     def _effective(self) -> tuple[Tensor, Tensor | None]:
         weight = self.weight if self.lora_weight is None else self.lora_weight
@@ -60,7 +62,7 @@ class LoraLayer(nn.Module):
             y = y + self._apply_dense(x, change, bias) * share.view(-1, *(1,) * (y.dim() - 1))
         return y
 
-    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
 
@@ -71,9 +73,9 @@ class LoraLinear(LoraLayer, nn.Linear):
         weight, bias = self._effective()
         down, up, gain = self.lora_down, self.lora_up, self.lora_gain
         if down is None or up is None:
-            y = F.linear(input, weight, bias)
+            y = F.linear(input, weight, bias) if self.lora_trained is None else self.lora_trained(self, input)
         elif gain is None:
-            y = _trained(input, weight, bias, down, up, self.lora_alpha / down.shape[0])
+            y = self.with_pair(input, down, up, self.lora_alpha / down.shape[0])
         else:
             rank = F.linear(input, down)
             rank = _scaled(rank, gain if gain.shape[0] == 1 else gain.view(-1, *(1,) * (rank.dim() - 2), gain.shape[1]))
@@ -82,7 +84,11 @@ class LoraLinear(LoraLayer, nn.Linear):
             y = flat.view(*input.shape[:-1], -1)
         return y if self.lora_dense is None else self._dense_rows(input, y)
 
-    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def with_pair(self, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        """The layer with one trainable float32 pair, computed in the base's (or autocast's) dtype."""
+        return _trained(x, *self._effective(), down, up, scale)
+
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
@@ -90,19 +96,26 @@ class LoraConv2d(LoraLayer, nn.Conv2d):
     """A convolution with adapters. Input [B, I, H, W], output [B, O, H, W]; ``up`` is a 1x1 convolution."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._effective()
-        y: Tensor = self._conv_forward(input, weight, bias)
+        y: Tensor
         down, up, gain = self.lora_down, self.lora_up, self.lora_gain
-        if down is not None and up is not None:
-            if gain is None:
-                rank = self._conv_forward(input, down.to(input.dtype), None)
-                y = _accumulated_conv(y, rank, up.to(y.dtype), self.lora_alpha / down.shape[0])
-            else:
-                rank = _scaled(self._conv_forward(input, down, None), gain[:, :, None, None])
-                y = _accumulated_conv(y, rank, up)
+        if down is None or up is None:
+            plain = self.lora_trained is None
+            y = self._conv_forward(input, *self._effective()) if plain else self.lora_trained(self, input)
+        elif gain is None:
+            y = self.with_pair(input, down, up, self.lora_alpha / down.shape[0])
+        else:
+            y = self._conv_forward(input, *self._effective())
+            rank = _scaled(self._conv_forward(input, down, None), gain[:, :, None, None])
+            y = _accumulated_conv(y, rank, up)
         return y if self.lora_dense is None else self._dense_rows(input, y)
 
-    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def with_pair(self, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        """The layer with one trainable float32 pair, computed in the base's (or autocast's) dtype."""
+        y = self._conv_forward(x, *self._effective())
+        rank = self._conv_forward(x, down.to(x.dtype), None)
+        return _accumulated_conv(y, rank, up.to(y.dtype), scale)
+
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return cast(Tensor, self._conv_forward(x, weight, bias))
 
 
@@ -125,7 +138,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
     def _look_up(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)
 
-    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._look_up(x, weight)
 
 
@@ -136,7 +149,7 @@ class LoraLayerNorm(LoraLayer, nn.LayerNorm):
         y = F.layer_norm(input, self.normalized_shape, *self._effective(), self.eps)
         return y if self.lora_dense is None else self._dense_rows(input, y)
 
-    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
@@ -147,7 +160,7 @@ class LoraGroupNorm(LoraLayer, nn.GroupNorm):
         y = F.group_norm(input, self.num_groups, *self._effective(), self.eps)
         return y if self.lora_dense is None else self._dense_rows(input, y)
 
-    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
@@ -187,6 +200,7 @@ def wrap(module: nn.Module) -> LoraLayer:
     _change_class(module, WRAPPED[type(module)])
     layer = cast(LoraLayer, module)
     layer.lora_alpha = 0.0
+    layer.lora_trained = None
     for name in STATE:
         layer.register_buffer(name, None, persistent=False)
     return layer
@@ -200,7 +214,7 @@ def unwrap(layer: LoraLayer) -> nn.Module:
         layer._non_persistent_buffers_set.discard(name)
         for hook in _offload_hooks(layer):
             hook.original_devices.pop(name, None)
-    del layer.lora_alpha
+    del layer.lora_alpha, layer.lora_trained
     _change_class(layer, _BASE[type(layer)])
     return layer
 

@@ -20,9 +20,12 @@ SETS: Mapping[str, str] = {
     "text": r"^text_encoder(_2)?\..*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$",
     "vit": r"^vit\..*\.(self_attn\.(q|k|v|out)_proj|attention\.(attention|self)\.(query|key|value)"
     r"|attention\.output\.dense|mlp\.fc[12]|intermediate\.dense|output\.dense)$",
+    "style": r"^unet\.up_blocks\.0\.attentions\.1\..*\.attn[12]\.to_([qkv]|out\.0)$",
     "qv": r"\.(attn[12]\.to_[qv]|self_attn\.[qv]_proj|attention\.(attention|self)\.(query|value))$",
 }
-"""Named sets as patterns over true names; "conv" is the convolutions of resnets and samplers, as in LyCORIS' LoCon."""
+"""Named sets as patterns over true names; "conv" is the convolutions of resnets and samplers, as in LyCORIS' LoCon;
+"style" is the block of SDXL that B-LoRA (Frenkel et al. 2024, arXiv 2403.14572, its W5) and InstantStyle (Wang et al.
+2024, arXiv 2404.02733) found to hold a picture's style."""
 
 
 def select(targets: str | Sequence[str], layers: Mapping[str, nn.Module]) -> list[str]:
