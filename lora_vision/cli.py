@@ -21,6 +21,8 @@ from lora_vision.arguments import near, parse
 from lora_vision.errors import LoraVisionError
 from lora_vision.tools import commands as tools
 from lora_vision.tools import settings as wanted
+from lora_vision.vit import commands as vit
+from lora_vision.vit import settings as sight
 
 PROGRAM = "lora-vision"
 PACKAGE = Path(__file__).parent
@@ -47,6 +49,14 @@ class Command:
 def train_style(settings: config.StyleConfig) -> tuple[str, Any]:
     """The adapter file that was trained, and how the training went."""
     output = script("train_style").run(settings)
+    folder = output.with_name(f"{output.stem}-training")
+    history = json.loads((folder / "history.json").read_text()) if MAIN_PROCESS else {}
+    return str(output), {"file": output, "folder": folder, **history}
+
+
+def train_vit(settings: sight.VitConfig) -> tuple[str, Any]:
+    """The adapter and head that were trained, and how the training went."""
+    output = script("train_vit").run(settings)
     folder = output.with_name(f"{output.stem}-training")
     history = json.loads((folder / "history.json").read_text()) if MAIN_PROCESS else {}
     return str(output), {"file": output, "folder": folder, **history}
@@ -94,6 +104,7 @@ def merge(settings: config.MergeConfig) -> tuple[str, Any]:
 def where(settings: config.WhereConfig) -> tuple[str, Any]:
     """The path of a script, a base or a picture set."""
     places = {"tiny": PACKAGE / "tiny" / "base", "pictures": PACKAGE / "pictures"}
+    places |= {"tiny-vit": PACKAGE / "tiny" / "vit", "fashion": PACKAGE / "vit" / "fashion"}
     places |= {folder.name: folder for folder in places["pictures"].glob("*/")}
     for door in ("train_scripts", "pipelines"):
         places |= {file.stem: file for file in _folder(door).glob("[!_]*.py")}
@@ -105,6 +116,11 @@ def where(settings: config.WhereConfig) -> tuple[str, Any]:
 
 COMMANDS: Mapping[str, Command] = {
     "train style": Command(config.StyleConfig, train_style),
+    "train vit": Command(sight.VitConfig, train_vit),
+    "classify": Command(sight.ClassifyConfig, vit.classify, ("pictures",)),
+    "evaluate": Command(sight.EvaluateConfig, vit.evaluate),
+    "export": Command(sight.ExportConfig, vit.export),
+    "compare-methods": Command(sight.CompareMethodsConfig, vit.compare_methods),
     "generate": Command(config.GenerateConfig, generate, ("prompts",)),
     "inspect": Command(config.InspectConfig, inspect, ("file",)),
     "convert": Command(config.ConvertConfig, convert, ("input", "output")),

@@ -11,17 +11,17 @@ from lora_vision.errors import AdapterError
 
 SETS: Mapping[str, str] = {
     "attention": r"\.(attn[12]\.to_([qkv]|out\.0)|self_attn\.(q|k|v|out)_proj"
-    r"|attention\.(attention|self)\.(query|key|value)|attention\.output\.dense)$",
+    r"|attention\.(attention|self)\.(query|key|value)|attention\.output\.dense|attn\.(qkv\.[qkv]|proj))$",
     "self-attention": r"\.(attn1\.to_([qkv]|out\.0)|self_attn\.(q|k|v|out)_proj"
-    r"|attention\.(attention|self)\.(query|key|value)|attention\.output\.dense)$",
+    r"|attention\.(attention|self)\.(query|key|value)|attention\.output\.dense|attn\.(qkv\.[qkv]|proj))$",
     "cross-attention": r"^unet\..*\.attn2\.to_([qkv]|out\.0)$",
     "ff": r"\.(ff\.net\.(0\.proj|2)|mlp\.fc[12]|intermediate\.dense|(?<!attention\.)output\.dense)$",
     "conv": r"^unet\..*\.(resnets\.\d+\.conv(1|2|_shortcut)|(down|up)samplers\.\d+\.conv)$",
     "text": r"^text_encoder(_2)?\..*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$",
     "vit": r"^vit\..*\.(self_attn\.(q|k|v|out)_proj|attention\.(attention|self)\.(query|key|value)"
-    r"|attention\.output\.dense|mlp\.fc[12]|intermediate\.dense|output\.dense)$",
+    r"|attention\.output\.dense|attn\.(qkv\.[qkv]|proj)|mlp\.fc[12]|intermediate\.dense|output\.dense)$",
     "style": r"^unet\.up_blocks\.0\.attentions\.1\..*\.attn[12]\.to_([qkv]|out\.0)$",
-    "qv": r"\.(attn[12]\.to_[qv]|self_attn\.[qv]_proj|attention\.(attention|self)\.(query|value))$",
+    "qv": r"\.(attn[12]\.to_[qv]|self_attn\.[qv]_proj|attention\.(attention|self)\.(query|value)|attn\.qkv\.[qv])$",
 }
 """Named sets as patterns over true names; "conv" is the convolutions of resnets and samplers, as in LyCORIS' LoCon;
 "style" is the block of SDXL that B-LoRA (Frenkel et al. 2024, arXiv 2403.14572, its W5) and InstantStyle (Wang et al.

@@ -17,11 +17,11 @@ SOURCES = [*LIBRARY, *(ROOT / "train_scripts").glob("*.py"), *(ROOT / "pipelines
 
 # From the bottom of the house to the top: a module imports only what stands before it.
 WINGS = (
-    "errors config arguments",
+    "errors whole config arguments",
     "names targets factors replacement adapter spectrum lineage approximate layers stack trained inject formats files "
     "klora combine report",
-    "tiny base data buckets captions cache encoding sheet charts batches losses samples training",
-    "schedules regions conduct blend blending voices generate ziplora combining tools cli __main__",
+    "tiny base data buckets captions cache encoding survey sheet charts batches losses samples training",
+    "schedules regions conduct blend blending voices generate ziplora combining tools vit cli __main__",
 )
 FLOORS = " ".join(WINGS).split()
 ADAPTER_WING = WINGS[1].split()

@@ -1,0 +1,37 @@
+"""Makes the embedded ViT: draws the pictures, pretrains it to name them, writes the folder.
+
+One command, from a checkout with the ``dev`` extra and npm on the path:
+
+    python train_scripts/train_tiny_vit.py --work DIR
+
+Seeded; it keeps a checkpoint and a log in DIR and resumes there. How long it takes and what it reaches stands in
+``lora_vision/tiny/vit/README.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from lora_vision.tiny.classifier import train_vit, write_vit
+
+STEPS = 3000
+"""Optimiser steps of 64 drawings; only the last part of the schedule depends on it, so that it can be raised later."""
+
+
+def main() -> None:
+    """Trains from wherever the checkpoint stands and writes the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for packages, caches, checkpoint and log")
+    parser.add_argument("--output", type=Path, help="folder of the finished model (default: WORK/vit)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps in all (default: %(default)s)")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    options.work.mkdir(parents=True, exist_ok=True)
+    train_vit(options.work, options.steps)
+    write_vit(options.work, options.output or options.work / "vit")
+
+
+if __name__ == "__main__":
+    main()
