@@ -22,14 +22,8 @@ from lora_vision.schedules import Moment, Schedule
 from lora_vision.stack import Stack
 
 
-class _Hook:
+class _Hook(partial[Any]):
     """A hook that a copied or pickled model leaves behind: the copy goes on with the gains it had at that moment."""
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self._run = torch.compiler.disable(run)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._run(*args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return partial, (_pass,)
@@ -86,9 +80,11 @@ class Conductor:
         if not self._schedules and not self._regions and rows == 1:
             self.stack.apply(self._weights)
             return
-        self._handles.append(self.model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True))
+        self._handles.append(
+            self.model.register_forward_pre_hook(_Hook(torch.compiler.disable(self._before)), with_kwargs=True)
+        )
         if self._regions:
-            self._handles.append(self.model.register_forward_hook(_Hook(self._after)))
+            self._handles.append(self.model.register_forward_hook(_Hook(torch.compiler.disable(self._after))))
 
     def quiet(self) -> None:
         """Takes the hooks off."""

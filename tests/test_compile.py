@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import lora_vision as lv
+from lora_vision.regions import composite
+from lora_vision.schedules import listed
 
 
 class Small(nn.Module):
@@ -68,3 +71,47 @@ def test_weights_swaps_and_removals_never_recompile(caplog: pytest.LogCaptureFix
     assert right() and counter.frame_count == first + 1
     blend.set({"c": 0.5})
     assert right() and counter.frame_count == first + 1
+
+
+class Timed(nn.Module):
+    """A UNet's interface around one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        return (self.conv(sample) + timestep / 1000,)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_schedules_never_recompile_and_are_never_missed(how: str) -> None:
+    """dynamo does not notice hooks that come after it compiled; ours are called outside of what it compiled."""
+    torch.manual_seed(0)
+    model, counter = Timed(), CompileCounter()
+    times = torch.tensor([900.0, 500.0, 100.0])
+    pipe = SimpleNamespace(components={"unet": model}, scheduler=SimpleNamespace(timesteps=times))
+    blend = lv.Blend(pipe, capacity=8, targets="*")
+    if how == "in place":
+        model.compile(backend=counter)
+    compiled = torch.compile(model, backend=counter, fullgraph=True) if how == "wrapped" else model
+    x = torch.randn(2, 3, 4, 4)
+
+    def right() -> bool:
+        """Whether every step computes what the model computes step by step without a compiler."""
+        return all(torch.allclose(compiled(x, t)[0], model._call_impl(x, t)[0], atol=1e-5) for t in times)
+
+    for seed, name in enumerate("ab"):
+        blend.load(adapter({"unet.conv": model.conv}, seed=seed), name)
+    assert right()
+    first = counter.frame_count
+    blend.set({"a": 1.0}, schedule=listed([1, 0, -1]))
+    assert right()
+    blend.set({"a": 0.5, "b": 1.0}, schedule={"b": listed([0, 1, 0])})
+    assert right()
+    blend.set({"a": 0.5})
+    assert right() and counter.frame_count == first
+    blend.set({}, regions=composite({"a": 1.0, "b": 1.0}))
+    assert right()
+    blend.set({"a": 0.5})
+    assert right() and counter.frame_count <= first + 1  # regions make the batch larger, once
