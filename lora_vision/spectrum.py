@@ -71,13 +71,14 @@ def spectrum(factors: Factors, base: Tensor | None = None) -> Spectrum:
     A low-rank change costs two QR decompositions of its thin sides and an SVD of an R x R matrix.
 
     Raises:
-        AdapterError: The change is no matrix (a bias or a norm), or needs the base weight (DoRA, IA3).
+        AdapterError: The change is no matrix (a bias or a norm), needs the base weight (DoRA, IA3), or is not finite.
     """
     pair = factors.low_rank()
     if pair is not None and pair.rank < min(pair.size):
         left, small = torch.linalg.qr(pair.up.float().flatten(1))
         right, low = torch.linalg.qr(pair.down.float().flatten(1).t())
-        u, s, v = torch.linalg.svd(small @ low.t() * pair.scale, full_matrices=False)
+        core = _finite(small @ low.t() * pair.scale)
+        u, s, v = torch.linalg.svd(core, full_matrices=False)
         return Spectrum(left @ u, s, v @ right.t(), tuple(pair.down.shape[1:]))
     return of_matrix(factors.delta(base))
 
@@ -89,11 +90,11 @@ def of_matrix(change: Tensor) -> Spectrum:
     Where a singular value is zero, the other side's vector is zero too.
 
     Raises:
-        AdapterError: It has one dimension only.
+        AdapterError: It has one dimension only, or is not finite.
     """
     if change.dim() < 2:
         raise AdapterError("a bias or a norm has no singular values")
-    flat = change.double().flatten(1)
+    flat = _finite(change).double().flatten(1)
     wide = flat.shape[0] <= flat.shape[1]
     side = flat if wide else flat.t()
     squares, vectors = torch.linalg.eigh(side @ side.t())
@@ -102,3 +103,9 @@ def of_matrix(change: Tensor) -> Spectrum:
     others[values <= values[:1] * 1e-12] = 0
     left, right = (vectors, others) if wide else (others.t(), vectors.t())
     return Spectrum(left.float(), values.float(), right.float(), tuple(change.shape[1:]))
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    if not bool(matrix.isfinite().all()):
+        raise AdapterError("the change holds NaN or infinity; it has no singular values")
+    return matrix

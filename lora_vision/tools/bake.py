@@ -17,6 +17,7 @@ from lora_vision.adapter import Adapter
 from lora_vision.base import Base, fingerprint_of
 from lora_vision.blend import Blend
 from lora_vision.errors import LoraVisionError
+from lora_vision.formats import container
 from lora_vision.tools import ldm
 
 PROVENANCE = "lora_vision.json"
@@ -74,7 +75,10 @@ def write_file(base: Base, path: str | Path, metadata: Mapping[str, str]) -> Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        save_file(ldm.checkpoint(base), unfinished, dict(metadata))
+        header, pieces = container.serialise(ldm.checkpoint(base), metadata)  # the same bytes every time
+        with unfinished.open("wb") as file:
+            for piece in (header, *pieces):
+                file.write(piece)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

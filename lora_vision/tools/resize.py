@@ -136,9 +136,10 @@ def resize(adapter: Adapter, size: Size) -> Resized:
     with torch.no_grad():
         for name, factors in adapter.layers.items():
             if (inner := _matrix(factors)) is not None:
-                spectra[name] = found = spectrum(inner)
-                if not bool(found.values.isfinite().all()):
-                    raise AdapterError(f"layer {name} holds NaN or infinity; nothing can be kept of it")
+                try:
+                    spectra[name] = spectrum(inner)
+                except AdapterError as error:
+                    raise AdapterError(f"layer {name}: {error}") from error
         ranks = _ranks(adapter, spectra, size)
         layers = {name: _cut(f, spectra.get(name), ranks.get(name), size.dtype) for name, f in adapter.layers.items()}
     before = {name: _rank(adapter.layers[name], found) for name, found in spectra.items()}
