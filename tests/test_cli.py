@@ -72,7 +72,10 @@ def test_overview_lists_every_command(lora_vision: Run) -> None:
         ("trian style", "there is no command 'trian': did you mean train?"),
         ("train", "there is no command 'train': did you mean train style?"),
         ("train stile", "there is no command 'train stile': did you mean train style?"),
-        ("--halp", "there is no command '--halp': choose from convert, generate, inspect, train, where"),
+        (
+            "--halp",
+            f"there is no command '--halp': choose from {', '.join(sorted({n.split()[0] for n in cli.COMMANDS}))}",
+        ),
     ],
 )
 def test_mistyped_commands_are_told_the_nearest(lora_vision: Run, words: str, said: str) -> None:
