@@ -1,0 +1,159 @@
+"""Is the account of an adapter true? Blocks that carry the style, and fights foretold, against judges.
+
+    python benchmarks/account.py --work DIR night=night.safetensors duotone=duotone.safetensors --subject NAME=FILE
+
+DIR is the folder of ``train_tiny_base.py`` (the judges). For each style adapter: the blocks that the report says carry
+the look, and the judges' share of pictures in that style with the whole adapter, without those blocks, with those
+alone, and, for comparison, without each other set of as many blocks (the mean and the lowest). For each pair: what
+``compare`` foretells, and the measured loss of style accuracy when both sound at full weight, with the rank correlation
+over pairs. A subject adapter has no style: it counts as the partner only. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from base_quality import draw_prompts, sheet
+from judges import Judges, judges
+from style_quality import HELD_OUT
+from torch import Tensor
+
+import lora_vision as lv
+from lora_vision.base import load_base
+from lora_vision.tiny.subjects import caption
+from lora_vision.tools import places
+from lora_vision.tools.commands import prompts_of
+from lora_vision.tools.compare import compare
+from lora_vision.tools.trials import patterns, trials
+
+
+class Studio:
+    """The base with every adapter loaded, and the judges."""
+
+    def __init__(self, base: str, work: Path, files: dict[str, str], count: int, seed: int, steps: int) -> None:
+        self.adapters = {name: lv.load_adapter(file) for name, file in files.items()}
+        self.pipe = load_base(base).pipeline()
+        self.judge: Judges = judges(work, self.pipe.vae)
+        self.nouns = [HELD_OUT[i * len(HELD_OUT) // count] for i in range(count)]
+        self.seed, self.steps = seed, steps
+        self.blend = lv.Blend(self.pipe)
+        for name, adapter in self.adapters.items():
+            self.blend.load(adapter, name, scale=0.0)
+        self.rows: dict[str, Tensor] = {}
+
+    def draw(self, label: str, scales: dict[str, Any]) -> Tensor:
+        """Pictures [B, 3, 64, 64] of the nouns with these adapters; kept for the sheet."""
+        self.blend.set(scales)
+        prompts = [caption(noun) for noun in self.nouns]
+        self.rows[label] = draw_prompts(self.pipe, prompts, self.seed, self.steps)
+        return self.rows[label]
+
+    def called(self, label: str, scales: dict[str, Any], style: str) -> float:
+        """The share of pictures that the judge calls this style."""
+        return self.judge.scores(self.draw(label, scales), style, self.nouns)["style"]
+
+    def less(self, name: str, blocks: tuple[str, ...]) -> dict[str, Any]:
+        """Scales: the adapter without these blocks."""
+        layers = tuple(self.adapters[name].layers)
+        silent = {pattern: 0.0 for block in blocks for pattern in patterns(block, layers)}
+        return {name: {"*": 1.0, **silent}}
+
+
+def carriers(studio: Studio, base: str, style: str) -> dict[str, Any]:
+    """What the report says of one style's blocks, and what the judge says of it."""
+    adapter = studio.adapters[style]
+    found = trials(load_base(base), adapter, prompts_of(adapter.metadata))
+    chosen, every = found.carriers, found.blocks
+    others = tuple(block for block in every if block not in chosen)
+    same_size = [blocks for blocks in itertools.combinations(every, len(chosen)) if blocks != chosen]
+    rivals = {
+        " + ".join(blocks): studio.called(f"{style} without {blocks}", studio.less(style, blocks), style)
+        for blocks in same_size[:: max(1, len(same_size) // 12)]
+    }
+    return {
+        "carriers": list(chosen),
+        "look gone without them": found.lost(found.gone),
+        "look lost when left out": {block: found.lost(found.without[block]) for block in every},
+        "called the style: base": studio.called("base", {}, style),
+        "whole": studio.called(f"{style} whole", {style: 1.0}, style),
+        "without the carriers": studio.called(f"{style} without carriers", studio.less(style, chosen), style),
+        "carriers alone, without all others": studio.called(f"{style} carriers", studio.less(style, others), style),
+        "without other sets of as many": rivals,
+        "mean of these": sum(rivals.values()) / max(1, len(rivals)),
+        "without each block": {
+            block: studio.called(f"{style} without {block}", studio.less(style, (block,)), style) for block in every
+        },
+    }
+
+
+def pairs(studio: Studio, styles: list[str], alone: dict[str, float]) -> dict[str, dict[str, float]]:
+    """For each pair with a style in it: the fight foretold, and the style accuracy lost."""
+    found: dict[str, dict[str, float]] = {}
+    for one, other in itertools.combinations(studio.adapters, 2):
+        judged = [name for name in (one, other) if name in styles]
+        if not judged:
+            continue
+        told = compare(studio.adapters[one], studio.adapters[other])
+        pixels = studio.draw(f"{one} + {other}", {one: 1.0, other: 1.0})
+        kept = {name: studio.judge.scores(pixels, name, studio.nouns)["style"] for name in judged}
+        loss = sum(alone[name] - kept[name] for name in judged) / len(judged)
+        found[f"{one} + {other}"] = {
+            "fight": told.fight,
+            "cosine": told.cosine,
+            "balance": min(told.balance),
+            "loss of style accuracy": loss,
+            **{f"still called {name}": share for name, share in kept.items()},
+        }
+    return found
+
+
+def rank_correlation(one: list[float], other: list[float]) -> float:
+    """Spearman's rank correlation (equal values share their mean rank)."""
+
+    def ranks(values: list[float]) -> Tensor:
+        column = torch.tensor(values)
+        return ((column[:, None] > column).sum(1) + ((column[:, None] == column).sum(1) - 1) / 2).float()
+
+    a, b = ranks(one), ranks(other)
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-9))
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapters", nargs="+", metavar="STYLE=FILE")
+    parser.add_argument("--subject", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--base", default="tiny")
+    parser.add_argument("--nouns", type=int, default=42)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--picture", type=Path, help="also write a sheet: a row for each measurement, names printed")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    styles = dict(entry.split("=", 1) for entry in options.adapters)
+    files = styles | dict(entry.split("=", 1) for entry in options.subject)
+    studio = Studio(options.base, options.work, files, options.nouns, options.seed, options.steps)
+    report: dict[str, Any] = {"blocks": places.blocks(n for a in studio.adapters.values() for n in a.layers)}
+    for style in styles:
+        report[style] = carriers(studio, options.base, style)
+    report["pairs"] = pairs(studio, list(styles), {style: report[style]["whole"] for style in styles})
+    told = [pair["fight"] for pair in report["pairs"].values()]
+    lost = [pair["loss of style accuracy"] for pair in report["pairs"].values()]
+    report["rank correlation of fight and loss"] = rank_correlation(told, lost)
+    if options.picture:
+        shown = torch.cat([row[:: max(1, len(row) // 12)][:12] for row in studio.rows.values()])
+        sheet(shown, 12).save(options.picture)
+        report["rows of the picture"] = list(studio.rows)
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
