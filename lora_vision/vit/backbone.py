@@ -118,34 +118,50 @@ def load_backbone(name: str | Path) -> Backbone:
 
 
 def _from_transformers(place: str, source: str) -> Backbone:
-    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers import AutoConfig
 
     try:
         config: Any = AutoConfig.from_pretrained(place)
-        if str(config.model_type).endswith("_vision_model"):  # a tower alone: its head expects the pair's configuration
-            config = _pair_of(config)
-        kind: Any = AutoModelForImageClassification
-        model, found = kind.from_pretrained(place, config=config, dtype=torch.float32, output_loading_info=True)
+        vision = getattr(config, "vision_config", config)
+        if hasattr(vision, "vision_use_head"):
+            vision.vision_use_head = False  # SigLIP's pooling head: a classifier reads the mean of the patches instead
+        if config.model_type == "deit":  # a distilled one has two heads; one fresh head reads its first token
+            config.architectures = ["DeiTForImageClassification"]
+        model, missing = _opened(place, config)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise BaseModelError(f"{source} cannot be loaded: {line}; expected {EXPECTED}") from error
-    lacking = sorted(key for key in found["missing_keys"] if key.split(".")[0] not in HEADS)
+    lacking = sorted(key for key in missing if key.split(".")[0] not in HEADS)
     if lacking:
         raise BaseModelError(f"{source} lacks {len(lacking)} of its weights ({lacking[0]}, ...); expected {EXPECTED}")
-    fresh = any(key.split(".")[0] in HEADS for key in found["missing_keys"])
+    fresh = any(key.split(".")[0] in HEADS for key in missing)
     labels = () if fresh else tuple(str(config.id2label[at]) for at in range(config.num_labels))
-    vision = getattr(config, "vision_config", config)
     side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
     preprocessing = Preprocessing.from_transformers(_preprocessor(place), side)
     return _backbone(model, preprocessing, source, labels)
 
 
-def _pair_of(config: Any) -> Any:
-    """The configuration of text and vision together that goes with a vision tower's."""
-    from transformers import AutoConfig
+def _opened(place: str, config: Any) -> tuple[Any, set[str]]:
+    """The classification model of a folder or Hub id, and the weights it lacks."""
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+    from transformers.utils import logging
 
-    kind = str(config.model_type).removesuffix("_vision_model")
-    return AutoConfig.for_model(kind, vision_config=config.to_dict())
+    whole: Any = AutoModelForImageClassification
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        if not str(config.model_type).endswith("_vision_model"):
+            model, found = whole.from_pretrained(place, **options)
+            return model, set(found["missing_keys"])
+        tower, found = AutoModel.from_pretrained(place, **options)  # CLIP's or SigLIP's without the text
+        kind = str(config.model_type).removesuffix("_vision_model")
+        model = whole.from_config(AutoConfig.for_model(kind, vision_config=config.to_dict()))
+        model.vision_model = tower
+        return model, {*found["missing_keys"], "classifier.weight"}
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _preprocessor(place: str) -> Mapping[str, Any]:

@@ -82,7 +82,7 @@ def auroc(probabilities: Tensor, labels: Tensor) -> float | None:
         inside = labels == number
         here, there = int(inside.sum()), int((~inside).sum())
         if here and there:
-            scores = probabilities[:, number]
+            scores = probabilities[:, number].contiguous()
             ordered = scores.sort().values
             low = torch.searchsorted(ordered, scores, right=False)
             high = torch.searchsorted(ordered, scores, right=True)
