@@ -24,6 +24,7 @@ from lora_vision.errors import DataError, LoraVisionError
 from lora_vision.files import load_adapter
 from lora_vision.lineage import sha256_of
 from lora_vision.samples import to_pictures
+from lora_vision.schedules import Schedule
 from lora_vision.sheet import sheet
 from lora_vision.voices import (
     Voice,
@@ -82,8 +83,8 @@ class Studio:
             [*(name for each in tags.values() for name in each), *self.sweeps],
             shelf,
         )
-        adapters = {voice.name: load_adapter(voice.file) for voice in self.voices}
-        self.schedules = read_schedules(config.schedule, adapters)
+        self.adapters = {voice.name: load_adapter(voice.file) for voice in self.voices}
+        self.schedules = {tuple(self.adapters): read_schedules(config.schedule, self.adapters)}
         cuda = torch.cuda.is_available()
         precision = config.precision if config.precision != "auto" else "fp16" if cuda else "fp32"
         base = load_base(config.base, config=config.base_config)
@@ -98,7 +99,7 @@ class Studio:
         )
         self.pipe: Any = base.pipeline()
         self.blend = Blend(self.pipe)
-        for name, adapter in adapters.items():
+        for name, adapter in self.adapters.items():
             self.blend.load(adapter, name, scale=0.0)
 
     def cast(self, prompt: str) -> list[Voice]:
@@ -157,6 +158,20 @@ class Studio:
         """What stands beside the row of each shot."""
         return [prompt if self.config.count == 1 else f"{prompt} ({seed})" for prompt, seed in shots]
 
+    def scheduled(self, scales: Mapping[str, Weight]) -> dict[str, Schedule]:
+        """The schedules of what sounds; one adapter alone neither takes turns nor shares out layers."""
+        sounding = {name for name, weight in scales.items() if weight}
+        names = tuple(name for name in self.adapters if name in sounding)
+        if names not in self.schedules:
+            shared = ("switch", "klora") if len(names) < 2 else ()
+            texts = [
+                text
+                for text in self.config.schedule
+                if text.partition(":")[0] not in shared and text.rpartition("=")[0] in ("", *names)
+            ]
+            self.schedules[names] = read_schedules(texts, {name: self.adapters[name] for name in names})
+        return self.schedules[names]
+
     def draw(self, prompt: str, seed: int, scales: Mapping[str, Weight]) -> Image.Image:
         """The picture of a prompt with the named adapters at these scales.
 
@@ -168,7 +183,7 @@ class Studio:
         width, height = self.config.pixels() or (None, None)
         if scales.keys() != self.blend.scales.keys():
             self.blend.set({})  # the stack in order of names: what was drawn before leaves no trace in the rounding
-        self.blend.set(scales, schedule={name: s for name, s in self.schedules.items() if name in scales})
+        self.blend.set(scales, schedule=self.scheduled(scales))
         latents = self.pipe(
             prompt=read_tags(prompt)[0],
             negative_prompt=self.config.negative,

@@ -180,7 +180,7 @@ def _learned(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return {name: value.detach().cpu() for name, value in columns.items()}, losses
 
 

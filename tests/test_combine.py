@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from kinds import adapter
+from kinds import KINDS, adapter
+from test_blend import Blended, close
 from torch import nn
 
 from lora_vision.adapter import Adapter
 from lora_vision.combine import METHODS, Recipe, combine
 from lora_vision.errors import AdapterError
 from lora_vision.factors import Full, LowRank
+from lora_vision.files import save_adapter
 
 LAYERS: dict[str, nn.Module] = {
     "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": nn.Linear(24, 20),
@@ -31,6 +35,26 @@ def test_concat_is_exact_for_every_kind(kind: str) -> None:
     assert all(error(name, found.adapter, terms) < 1e-5 for name in LAYERS)
     assert set(found.errors) == {"unet attention", "unet conv", "text_encoder", "all"}
     assert all(value < 1e-5 for value in found.errors.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_combined_file_is_the_blend(kind: str, tmp_path: Path) -> None:
+    """Live = one file made by concat, for every kind of change; DoRA and IA3 with the base at hand."""
+    job = Blended()
+    layers = {name: layer for name, layer in job.layers.items() if ".attn" in name or ".conv1" in name}
+    pair = {"a": adapter(layers, kind, seed=1), "b": adapter(layers, "lora", seed=2)}
+    scales = {"a": 0.5, "b": -0.3}
+    for name, one in pair.items():
+        job.blend.load(one, name)
+    job.blend.set(scales)
+    live = job.look()
+    base = {name: layer.weight for name, layer in layers.items()}
+    found = combine([(pair[name], scale) for name, scale in scales.items()], base=base)
+    save_adapter(found.adapter, tmp_path / "both.safetensors")
+    job.blend.load(tmp_path / "both.safetensors", "both", scale=0)
+    job.blend.set({"both": 1.0})
+    assert close(job.look(), live) and found.errors["all"] < 1e-5
 
 
 def test_concat_of_subsets_keeps_every_layer() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lora_vision.config import GenerateConfig
 from lora_vision.errors import AdapterError, BaseModelError, DataError, LoraVisionError
-from lora_vision.generate import generate, read_recipe, read_voices
+from lora_vision.generate import generate, read_recipe
 
 Draw = Callable[..., list[Path]]
 
@@ -138,26 +138,78 @@ def test_sdxl_draws_too(tmp_path: Path) -> None:
     assert pixels(tmp_path / "out.png").shape == (32, 32, 3)
 
 
-def test_adapters_are_named_by_file_and_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("ink.safetensors", "with:colon", r"C:\styles\gold.safetensors"):
-        Path(name).write_bytes(name.encode())
-    texts = ["ink.safetensors", "ink.safetensors:0.8", "ink.safetensors:-1e-1", "with:colon", "with:colon:2"]
-    voices = read_voices([*texts, r"C:\styles\gold.safetensors", r"C:\styles\gold.safetensors:.5"])
-    assert [voice.scale for voice in voices] == [1, 0.8, -0.1, 1, 2, 1, 0.5]
-    assert [voice.file for voice in voices[:5]] == ["ink.safetensors"] * 3 + ["with:colon"] * 2
-    assert [voice.file for voice in voices[5:]] == [r"C:\styles\gold.safetensors"] * 2
-    assert len({voice.name for voice in voices}) == 7
-    assert [voice.name for voice in voices[:3]] == ["ink", "ink-2", "ink-3"]
-    assert voices[0].sha256 == voices[1].sha256 != voices[3].sha256
+def test_tags_in_prompts_are_adapters(draw: Draw, sd1_adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    """``<lora:ink:0.5>`` is the adapter at that scale, taken out of the prompt, and repeated from the picture."""
+    ink, gold = sd1_adapters
+    folder = str(ink.parent)
+    (asked,) = draw("a fox", adapter=(f"{ink}:0.5",), output="asked.png")
+    (tagged,) = draw("a fox <lora:ink:0.5>", adapter_dir=folder, output="tagged.png")
+    (over,) = draw("<lora:ink:0.5> a  fox", adapter=(f"{ink}:0.9",), output="over.png")
+    assert not differ(asked, tagged) and not differ(asked, over)
+    assert Image.open(tagged).info["parameters"].splitlines()[0] == "a fox <lora:ink:0.5>"
+    assert [voice["name"] for voice in read_recipe(tagged)["adapters"]] == ["ink"]
+    assert again(tagged, tmp_path / "again.png").read_bytes() == tagged.read_bytes()
+    with pytest.raises(AdapterError, match="no adapter is called 'inc': did you mean ink"):
+        draw("a fox <lora:inc:0.5>", adapter_dir=folder)
+    with pytest.raises(AdapterError, match="there is no such folder"):
+        draw("a fox", adapter_dir=str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize("text", ["ink.safetensors:high", "ink.safetensors:", "ink.safetensors:nan", "absent:0.5", "x"])
-def test_wrong_adapters_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("ink.safetensors").write_bytes(b"")
-    with pytest.raises(AdapterError, match=f"--adapter {text}: "):
-        read_voices([text])
+def test_what_was_drawn_before_leaves_no_trace(draw: Draw, sd1_adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    """Sums are rounded in the order of names, whatever sounded before: a picture depends on its recipe alone."""
+    both = "a fox <lora:ink:0.5> <lora:gold:0.7>"
+    folder = str(sd1_adapters[0].parent)
+    _, second = draw("a fox <lora:ink:1>", both, adapter_dir=folder)
+    assert again(second, tmp_path / "again.png").read_bytes() == second.read_bytes()
+
+
+def test_layers_have_scales_of_their_own(draw: Draw, sd1_adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    ink, _ = sd1_adapters
+    (base,) = draw("a fox", output="base.png")
+    (plain,) = draw("a fox", adapter=(f"{ink}:0.5",), output="plain.png")
+    (same,) = draw("a fox", adapter=(f"{ink}:0.1@*=0.5",), output="same.png")
+    (part,) = draw("a fox", adapter=(f"{ink}:0.5@unet.up_blocks.*=0",), output="part.png")
+    assert not differ(plain, same) and differ(plain, part) and differ(base, part)
+    assert again(part, tmp_path / "again.png").read_bytes() == part.read_bytes()
+    with pytest.raises(AdapterError, match=r"unet\.up_block\.\*"):
+        draw("a fox", adapter=(f"{ink}@unet.up_block.*=0",))
+
+
+def test_schedules_are_recorded(draw: Draw, sd1_adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    ink, gold = map(str, sd1_adapters)
+    (base,) = draw("a fox", output="base.png")
+    (full,) = draw("a fox", adapter=(ink,), output="full.png")
+    drawn = [
+        draw("a fox", adapter=(ink,), schedule=(schedule,), output=f"{number}.png")[0]
+        for number, schedule in enumerate(["constant:1", "constant:0", "ink=list:1:0"])
+    ]
+    assert np.abs(pixels(drawn[0]) - pixels(full)).max() <= 1 and not differ(drawn[1], base)
+    assert differ(drawn[2], full) and differ(drawn[2], base)
+    (both,) = draw("a fox", adapter=(ink, gold), schedule=("klora",), output="both.png")
+    (alone,) = draw("a fox", adapter=(ink, f"{gold}:0"), schedule=("klora",), output="alone.png")
+    assert not differ(alone, full)  # nobody to share with
+    for picture in (drawn[2], both):
+        assert again(picture, tmp_path / "again.png").read_bytes() == picture.read_bytes()
+
+
+def test_a_sweep_is_a_sheet_over_scales(draw: Draw, sd1_adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    """Lesson 24 (kohya_ss#2918): one look at an adapter over its weights, instead of one picture for each try."""
+    adapters = tuple(map(str, sd1_adapters))
+    (page,) = draw("a fox", adapter=adapters, sweep=("ink=0,0.5,...,1", "gold=0,1"), output="sweep.png")
+    side, gap = 128, 2
+    with Image.open(page) as sheet:
+        left, top = sheet.width - 3 * (side + gap), sheet.height - 2 * (side + gap)
+        for row, gold in enumerate((0, 1)):
+            for column, ink in enumerate((0, 0.5, 1)):
+                chosen = (f"{adapters[0]}:{ink}", f"{adapters[1]}:{gold}")
+                (single,) = draw("a fox", adapter=chosen, output="single.png")
+                x, y = left + column * (side + gap), top + row * (side + gap)
+                cell = np.asarray(sheet.crop((x, y, x + side, y + side))).astype(int)
+                whole = np.asarray(Image.open(single).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
+                assert np.abs(cell - whole).max() <= 2, (ink, gold)
+    assert again(page, tmp_path / "again.png").read_bytes() == page.read_bytes()
+    with pytest.raises(AdapterError, match="no adapter is called 'gild'"):
+        draw("a fox", adapter=adapters, sweep=("gild=0,1",))
 
 
 def test_what_cannot_work_is_refused_and_leaves_nothing(
@@ -219,6 +271,7 @@ def test_recipes_come_from_our_pictures_only(
         ({"prompts": ()}, "an empty prompt"),
         ({"prompts": ("a", " ")}, "an empty prompt"),
         ({"output": "out.jpg"}, "--output out.jpg"),
+        ({"grid": True, "sweep": ("ink=0,1",)}, "choose one"),
         ({"count": 0}, "--count 0"),
         ({"steps": 0}, "--steps 0"),
         ({"guidance": -1.0}, "--guidance -1.0"),
