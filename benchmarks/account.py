@@ -49,6 +49,8 @@ class Studio:
 
     def draw(self, label: str, scales: dict[str, Any]) -> Tensor:
         """Pictures [B, 3, 64, 64] of the nouns with these adapters; kept for the sheet."""
+        if label in self.rows:
+            return self.rows[label]
         self.blend.set(scales)
         prompts = [caption(noun) for noun in self.nouns]
         self.rows[label] = draw_prompts(self.pipe, prompts, self.seed, self.steps)
@@ -65,7 +67,7 @@ class Studio:
         return {name: {"*": 1.0, **silent}}
 
 
-def carriers(studio: Studio, base: str, style: str) -> dict[str, Any]:
+def carriers(studio: Studio, base: str, style: str, most: int) -> dict[str, Any]:
     """What the report says of one style's blocks, and what the judge says of it."""
     adapter = studio.adapters[style]
     found = trials(load_base(base), adapter, prompts_of(adapter.metadata))
@@ -73,8 +75,8 @@ def carriers(studio: Studio, base: str, style: str) -> dict[str, Any]:
     others = tuple(block for block in every if block not in chosen)
     same_size = [blocks for blocks in itertools.combinations(every, len(chosen)) if blocks != chosen]
     rivals = {
-        " + ".join(blocks): studio.called(f"{style} without {blocks}", studio.less(style, blocks), style)
-        for blocks in same_size[:: max(1, len(same_size) // 12)]
+        " + ".join(blocks): studio.called(f"{style} without {' + '.join(blocks)}", studio.less(style, blocks), style)
+        for blocks in same_size[:: -(-len(same_size) // most)]
     }
     return {
         "carriers": list(chosen),
@@ -132,9 +134,10 @@ def main() -> None:
     parser.add_argument("--subject", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--base", default="tiny")
-    parser.add_argument("--nouns", type=int, default=42)
+    parser.add_argument("--nouns", type=int, default=24)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rivals", type=int, default=8, help="how many other sets of blocks to try, at most")
     parser.add_argument("--picture", type=Path, help="also write a sheet: a row for each measurement, names printed")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -143,7 +146,7 @@ def main() -> None:
     studio = Studio(options.base, options.work, files, options.nouns, options.seed, options.steps)
     report: dict[str, Any] = {"blocks": places.blocks(n for a in studio.adapters.values() for n in a.layers)}
     for style in styles:
-        report[style] = carriers(studio, options.base, style)
+        report[style] = carriers(studio, options.base, style, options.rivals)
     report["pairs"] = pairs(studio, list(styles), {style: report[style]["whole"] for style in styles})
     told = [pair["fight"] for pair in report["pairs"].values()]
     lost = [pair["loss of style accuracy"] for pair in report["pairs"].values()]

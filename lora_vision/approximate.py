@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from lora_vision.adapter import Adapter
 from lora_vision.errors import AdapterError
 from lora_vision.factors import Dora, Factors, LowRank
+from lora_vision.spectrum import spectrum
 
 
 def approximate(
@@ -50,13 +50,7 @@ def _pair(factors: Factors, rank: int, base: Tensor | None) -> tuple[LowRank, fl
     exact = factors.low_rank()
     if exact is not None and exact.rank <= rank:
         return exact, 0.0
-    change = factors.delta(base)
-    if change.dim() < 2:
+    if factors.size is not None and factors.size[1] == 1:
         raise AdapterError("it changes a norm, which no low-rank pair can")
-    u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
-    kept = min(rank, len(s))
-    root = s[:kept].sqrt()
-    up = (u[:, :kept] * root).reshape(len(u), kept, *(1,) * (change.dim() - 2)).contiguous()
-    down = (root[:, None] * v[:kept]).reshape(kept, *change.shape[1:])
-    lost = (s[kept:].norm() / s.norm()).item() if s.norm() > 0 else 0.0
-    return LowRank(down, up, float(kept)), lost
+    found = spectrum(factors, base)
+    return found.pair(rank), found.lost(rank)
