@@ -33,9 +33,10 @@ from torch import Tensor, nn
 
 from lora_vision import names
 from lora_vision.base import Base, load_base
-from lora_vision.batches import EncodedPictures, StyleBatches, encode
+from lora_vision.batches import StyleBatches
 from lora_vision.config import LoraConfig, StyleConfig
 from lora_vision.data import read_pictures
+from lora_vision.encoding import EncodedPictures, Encoding, encode
 from lora_vision.files import save_adapter
 from lora_vision.inject import collect, inject
 from lora_vision.losses import DiffusionLoss, NoiseSchedule
@@ -165,9 +166,8 @@ def main() -> None:
     for base in bases:
         base.vae.float()
     config = config.filled(bases[0].recipe)
-    pictures = encode(
-        bases[0], read_pictures(config.data, trigger=config.trigger, holdout=0.0).train, config.resolution
-    )
+    found = read_pictures(config.data, trigger=config.trigger, holdout=0.0).train
+    (pictures,) = encode(bases[0], found, Encoding(resolution=config.resolution))
     sides = {"ours": ours(bases[0], pictures, config), "peft": theirs(bases[1], pictures, config)}
     times = alternate(sides, config.steps, accelerator.device.type)
 

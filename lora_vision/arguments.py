@@ -113,7 +113,7 @@ def _parser(
             word, nargs = field.name.upper(), "*" if several else "?"
             parser.add_argument(field.name, nargs=nargs, type=kind, help=texts[field.name], metavar=word)
             continue
-        options = {} if kind is bool else {"type": kind, "metavar": _metavar(kind)}
+        options = {} if kind is bool else {"type": _reader(kind, _words(hints[field.name])), "metavar": _metavar(kind)}
         if get_origin(kind) is Literal:
             options = {"choices": get_args(kind)}
         action: Any = argparse.BooleanOptionalAction if kind is bool else "append" if several else "store"
@@ -147,6 +147,24 @@ def _kind(hint: Any) -> tuple[Any, bool]:
         options = [option for option in get_args(hint) if option is not type(None)]
     several = [option for option in options if get_origin(option) is tuple]
     return (get_args(several[0])[0], True) if several else (options[0], False)
+
+
+def _words(hint: Any) -> tuple[str, ...]:
+    """The words that a number's field takes too: "auto" of int | Literal["auto"] | None."""
+    options = get_args(hint)
+    return tuple(w for o in options if int in options and get_origin(o) is Literal for w in get_args(o))
+
+
+def _reader(kind: Any, words: tuple[str, ...]) -> Any:
+    """What reads one value: the type itself, or the type unless it is one of the words."""
+    if not words:
+        return kind
+
+    def read(text: str) -> Any:
+        return text if text in words else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it when it complains
+    return read
 
 
 def _metavar(kind: Any) -> str:
@@ -185,6 +203,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return False
     if value is None:
         return type(None) in get_args(hint)
+    if value in _words(hint):
+        return True
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     return type(value) in ((int, float) if kind is float else (kind,))

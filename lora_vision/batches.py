@@ -1,4 +1,4 @@
-"""Pictures and captions encoded once, and the batches cut from them.
+"""The batches cut from encoded pictures.
 
 Every random number of a batch comes from the run's seed and the place of the sample in the run (a position counted
 over all steps, micro-batches and processes). So a resumed run draws what the unbroken one would have drawn, and one
@@ -8,27 +8,21 @@ process with a batch of 8 sees what two with 4 each see.
 from __future__ import annotations
 
 import hashlib
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from lora_vision.base import Base, TextStates
-from lora_vision.data import Picture, crop_offset, load_pixels
-from lora_vision.errors import DataError
+from lora_vision.base import TextStates
+from lora_vision.captions import Wording
+from lora_vision.encoding import EncodedPictures, chunks
 
-T = TypeVar("T")
 GOLDEN = 0.6180339887498949
-PIXELS_AT_ONCE = 8 * 512 * 512
-
-
-def _chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """The items in runs of at most `size`."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 @dataclass(frozen=True)
@@ -41,6 +35,9 @@ class StyleBatch:
         timesteps: How noisy each row is made, [B], integers from 0 to the schedule's last.
         text: Text states of the B captions, or the captions themselves where the text encoder is trained.
         time_ids: SDXL's sizes and crops [B, 6]; None for SD 1.x and 2.x.
+        mask: How much each latent counts [B, 1, h, w], 0 to 1; None where all do.
+        weight: How much each row counts [B]; None where all count alike.
+        prior: What the captions are without the trigger, for which the base's own answers shall stay; None: nothing.
     """
 
     latents: Tensor
@@ -48,82 +45,13 @@ class StyleBatch:
     timesteps: Tensor
     text: TextStates | tuple[str, ...]
     time_ids: Tensor | None = None
+    mask: Tensor | None = None
+    weight: Tensor | None = None
+    prior: TextStates | tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         """The number of rows."""
         return len(self.timesteps)
-
-
-@dataclass(frozen=True)
-class EncodedPictures:
-    """N pictures as the UNet sees them, on the CPU.
-
-    Attributes:
-        mean: Of each picture's latents [N, C, h, w].
-        std: Standard deviation of the same.
-        captions: N captions.
-        text: Text states of the captions; None where the text encoder is trained.
-        time_ids: SDXL's sizes and crops [N, 6]; None for SD 1.x and 2.x.
-    """
-
-    mean: Tensor
-    std: Tensor
-    captions: tuple[str, ...]
-    text: TextStates | None
-    time_ids: Tensor | None
-
-    def __len__(self) -> int:
-        """The number of pictures."""
-        return len(self.mean)
-
-
-def encode(
-    base: Base, pictures: Sequence[Picture], resolution: int, *, keep_captions: bool = False, quiet: bool = False
-) -> EncodedPictures:
-    """The pictures' latents and, unless the captions are kept as they are, their text states.
-
-    Args:
-        base: Whose VAE and text encoders are used.
-        pictures: What to encode.
-        resolution: Side of the square pictures in pixels.
-        keep_captions: Leave the captions as words, for a text encoder that is trained.
-        quiet: Show no progress bar.
-
-    Raises:
-        DataError: Where a picture cannot be read or its latents are not finite, named.
-    """
-    means, stds = [], []
-    chunks = _chunks(pictures, min(32, max(1, PIXELS_AT_ONCE // resolution**2)))
-    for chunk in tqdm(chunks, desc="encoding pictures", delay=2, leave=False, disable=quiet):
-        pixels = torch.stack([load_pixels(picture.path, resolution) for picture in chunk])
-        mean, std = base.encode_pictures(pixels)
-        for picture, latents in zip(chunk, mean, strict=True):
-            if not latents.isfinite().all():
-                raise DataError(
-                    f"the VAE makes no finite latents of {picture.path}; remove it, or load the VAE in fp32"
-                )
-        means.append(mean.float().cpu())
-        stds.append(std.float().cpu())
-    captions = tuple(picture.caption for picture in pictures)
-    time_ids = None
-    if base.family == "sdxl":
-        crops = [crop_offset(picture.size, resolution) for picture in pictures]
-        rows = [[*p.size, *crop, resolution, resolution] for p, crop in zip(pictures, crops, strict=True)]
-        time_ids = torch.tensor(rows, dtype=torch.float32)
-    text = None if keep_captions else encode_captions(base, captions)
-    return EncodedPictures(torch.cat(means), torch.cat(stds), captions, text, time_ids)
-
-
-@torch.no_grad()
-def encode_captions(base: Base, captions: Sequence[str], batch_size: int = 32) -> TextStates:
-    """Text states of the captions on the CPU, each different caption computed once."""
-    distinct = sorted(set(captions))
-    chunks = [base.encode_text(chunk) for chunk in _chunks(distinct, batch_size)]
-    states = torch.cat([chunk.states.cpu() for chunk in chunks])
-    pooled = [chunk.pooled.cpu() for chunk in chunks if chunk.pooled is not None]
-    place = {caption: index for index, caption in enumerate(distinct)}
-    index = torch.tensor([place[caption] for caption in captions])
-    return TextStates(states, torch.cat(pooled) if pooled else None).rows(index)
 
 
 def generator(seed: int, *key: object) -> torch.Generator:
@@ -136,58 +64,104 @@ class StyleBatches:
     """The endless stream of training samples, cut anywhere.
 
     Each pass over the pictures has its own order. Timesteps follow the golden ratio's sequence: uniform, and spread
-    evenly over the noise levels within any few steps, which a plain draw is not.
+    evenly over the noise levels within any few steps, which a plain draw is not. Where pictures have several sizes,
+    the stream is cut into batches of `count` samples of one size each; which size comes next follows the sequence of
+    the square root of two, so that every picture is shown as often as any other.
     """
 
     def __init__(
-        self, pictures: EncodedPictures, timesteps: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        pictures: EncodedPictures | Sequence[EncodedPictures],
+        timesteps: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        wording: Wording | None = None,
     ) -> None:
-        """The stream over these pictures for a schedule of so many timesteps."""
-        self.pictures = pictures
+        """The stream over these groups of pictures for a schedule of so many timesteps."""
+        self.groups = [pictures] if isinstance(pictures, EncodedPictures) else list(pictures)
         self.timesteps = timesteps
         self.seed = seed
         self.device = device
+        self.wording = wording
         self._start = torch.rand((), generator=generator(seed, "timesteps"), dtype=torch.float64).item()
-        self._order = lru_cache(maxsize=4)(self._shuffled)
+        self._order = lru_cache(maxsize=4 * len(self.groups))(self._shuffled)
+        self._turns: list[tuple[int, int]] = []
+        self._counts = [0] * len(self.groups)
 
     def __call__(self, position: int, count: int) -> StyleBatch:
-        """The samples from `position` on."""
+        """The samples from `position` on; where pictures have several sizes, position is a multiple of count."""
         places = range(position, position + count)
-        index = [self._order(place // len(self.pictures))[place % len(self.pictures)] for place in places]
+        group, first = (0, position) if len(self.groups) == 1 else self._turn(position // count, count)
+        size = len(self.groups[group])
+        index = [self._order(group, place // size)[place % size] for place in range(first, first + count)]
         levels = [int((self._start + place * GOLDEN) % 1.0 * self.timesteps) for place in places]
-        return self._batch(index, levels, [generator(self.seed, "sample", place) for place in places])
+        return self._batch(group, index, levels, [("sample", place) for place in places], self.wording)
 
     def fixed(self, batch_size: int, levels: int = 4, most: int = 32) -> list[StyleBatch]:
         """Batches for validation: each picture (of the first `most`) at so many noise levels, always the same."""
-        count = min(len(self.pictures), most)
-        rows = range(count * levels)
+        members = [(group, index) for group, pictures in enumerate(self.groups) for index in range(len(pictures))]
+        members = members[:most]
+        rows = range(len(members) * levels)
         steps = [int((row + 0.5) / len(rows) * self.timesteps) for row in rows]
-        return [
-            self._batch(
-                [row % count for row in chunk],
-                [steps[row] for row in chunk],
-                [generator(self.seed, "validation", row) for row in chunk],
-            )
-            for chunk in _chunks(rows, batch_size)
-        ]
+        batches = []
+        for group in range(len(self.groups)):
+            mine = [row for row in rows if members[row % len(members)][0] == group]
+            for chunk in chunks(mine, batch_size):
+                index = [members[row % len(members)][1] for row in chunk]
+                keys = [("validation", row) for row in chunk]
+                batches.append(self._batch(group, index, [steps[row] for row in chunk], keys))
+        return batches
 
-    def _batch(self, index: list[int], levels: list[int], generators: list[torch.Generator]) -> StyleBatch:
-        """The batch of these pictures at these timesteps; latents and noise are drawn by the generators."""
-        shape = (2, *self.pictures.mean.shape[1:])
-        draws = torch.stack([torch.randn(shape, generator=each) for each in generators])
+    def _turn(self, number: int, count: int) -> tuple[int, int]:
+        """Whose turn the batch of that number is, and where it begins in the group's own stream."""
+        shares = list(accumulate(len(pictures) for pictures in self.groups))
+        while len(self._turns) <= number:
+            point = (self._start + len(self._turns) * math.sqrt(2)) % 1.0 * shares[-1]
+            group = min(bisect_right(shares, point), len(shares) - 1)
+            self._turns.append((group, self._counts[group]))
+            self._counts[group] += 1
+        group, earlier = self._turns[number]
+        return group, earlier * count
+
+    def _batch(
+        self,
+        group: int,
+        index: list[int],
+        levels: list[int],
+        keys: Sequence[tuple[str, int]],
+        wording: Wording | None = None,
+    ) -> StyleBatch:
+        """The batch of these pictures of a group at these timesteps; a row's draws come from the seed and its key."""
+        pictures = self.groups[group]
+        shape = (2, *pictures.mean.shape[1:])
+        draws = torch.stack([torch.randn(shape, generator=generator(self.seed, *key)) for key in keys])
         rows = torch.tensor(index)
-        latents = torch.addcmul(self.pictures.mean[rows], self.pictures.std[rows], draws[:, 0])
-        text = self.pictures.text
-        ids = self.pictures.time_ids
+        latents = torch.addcmul(pictures.mean[rows], pictures.std[rows], draws[:, 0])
+        captions = [pictures.captions[i] for i in index]
+        if wording is not None:
+            told = zip(captions, keys, strict=True)
+            captions = [wording(caption, generator(self.seed, "words", *key)) for caption, key in told]
+        plain = None
+        if pictures.plain is not None:
+            words, states = pictures.plain
+            plain = tuple(words[i] for i in index) if states is None else states.rows(rows).to(self.device)
+
+        def there(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows].to(self.device)
+
         return StyleBatch(
             latents=latents.to(self.device),
             noise=draws[:, 1].to(self.device),
             timesteps=torch.tensor(levels, device=self.device),
-            text=tuple(self.pictures.captions[i] for i in index) if text is None else text.rows(rows).to(self.device),
-            time_ids=None if ids is None else ids[rows].to(self.device),
+            text=tuple(captions) if pictures.text is None else pictures.text.rows(rows).to(self.device),
+            time_ids=there(pictures.time_ids),
+            mask=there(pictures.mask),
+            weight=there(pictures.weight),
+            prior=plain,
         )
 
-    def _shuffled(self, epoch: int) -> list[int]:
-        """The order of the pictures in one pass."""
-        order: list[int] = torch.randperm(len(self.pictures), generator=generator(self.seed, "order", epoch)).tolist()
+    def _shuffled(self, group: int, epoch: int) -> list[int]:
+        """The order of a group's pictures in one pass."""
+        key = ("order", epoch) if len(self.groups) == 1 else ("order", epoch, group)
+        order: list[int] = torch.randperm(len(self.groups[group]), generator=generator(self.seed, *key)).tolist()
         return order

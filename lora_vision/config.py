@@ -175,6 +175,10 @@ class StyleConfig(ChangeConfig, FitConfig, DataConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
+        if self.variant in ("loha", "lokr") and self.up_rate != 1:
+            raise ValueError(f"--up-rate {self.up_rate}: {self.variant} has no up matrices")
+        if self.variant == "pissa" and self.max_norm:
+            raise ValueError(f"--max-norm {self.max_norm}: a pissa change is a difference, which cannot be limited")
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"--output {self.output}: a name ending in .safetensors is needed")
         if self.resolution is not None and self.resolution % 8:
@@ -264,6 +268,8 @@ class InspectConfig:
     """Adapter file, or PEFT folder."""
     scan: bool | None = None
     """Read the tensors too: hashes, layers with NaN or only zeros (default: where that takes no time)."""
+    allow_pickle: bool = False
+    """Also read .pt and .bin files."""
 
 
 @dataclass(frozen=True, kw_only=True)

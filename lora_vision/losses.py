@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
+import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
@@ -68,6 +70,8 @@ class DiffusionLoss(nn.Module):
         gamma: float = 5.0,
         encode_text: Callable[[tuple[str, ...]], TextStates] | None = None,
         encoders: nn.Module | None = None,
+        prior_weight: float = 1.0,
+        silenced: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """The loss of this UNet.
 
@@ -77,30 +81,51 @@ class DiffusionLoss(nn.Module):
             gamma: Of min-SNR weighting; 0 weighs all timesteps alike.
             encode_text: Makes text states of captions; needed where batches hold captions.
             encoders: The trained text encoders, held here so that a wrapper of this loss sees their weights.
+            prior_weight: What keeping the base's answers counts, in batches that ask for it.
+            silenced: A context in which the model is the base.
         """
         super().__init__()
         self.unet = unet
         self.schedule = schedule
         self.gamma = gamma
         self.encoders = encoders
+        self.prior_weight = prior_weight
         self._encode_text = encode_text
+        self._silenced = silenced
 
     def forward(self, batch: StyleBatch) -> Tensor:
-        """The mean over the batch, a float32 scalar."""
-        text = batch.text
+        """The mean over the batch, a float32 scalar; what shall stay counts in training only."""
+        noisy = self.schedule.mix(batch.latents, batch.noise, batch.timesteps)
+        target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
+        errors = self._errors(self._answer(noisy, batch, batch.text), target, batch)
+        if batch.weight is not None:
+            errors = errors * batch.weight
+        if batch.prior is not None and torch.is_grad_enabled():
+            with torch.no_grad(), self._silenced():
+                target = self._answer(noisy, batch, batch.prior)
+            errors = errors + self.prior_weight * self._errors(self._answer(noisy, batch, batch.prior), target, batch)
+        mean: Tensor = errors.mean()
+        return mean
+
+    def _answer(self, noisy: Tensor, batch: StyleBatch, text: TextStates | tuple[str, ...]) -> Tensor:
+        """The UNet's prediction [B, C, h, w] for these captions."""
         if not isinstance(text, TextStates):
             if self._encode_text is None:
                 raise ValueError("a batch of captions needs a loss with encode_text")
             text = self._encode_text(text)
-        noisy = self.schedule.mix(batch.latents, batch.noise, batch.timesteps)
         extra = None if batch.time_ids is None else {"text_embeds": text.pooled, "time_ids": batch.time_ids}
         (answer,) = self.unet(noisy, batch.timesteps, text.states, added_cond_kwargs=extra, return_dict=False)
-        target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
-        errors = (answer.float() - target.float()).square().flatten(1).mean(1)
-        if self.gamma:
-            errors = errors * self.schedule.weights(batch.timesteps, self.gamma)
-        mean: Tensor = errors.mean()
-        return mean
+        return cast(Tensor, answer)
+
+    def _errors(self, answer: Tensor, target: Tensor, batch: StyleBatch) -> Tensor:
+        """The weighted squared error of each row [B], over what its mask lets count."""
+        squares = (answer.float() - target.float()).square()
+        if batch.mask is None:
+            errors = squares.flatten(1).mean(1)
+        else:
+            counted = batch.mask.flatten(1).mean(1).clamp(min=1e-6)
+            errors = (squares * batch.mask).flatten(1).mean(1) / counted
+        return errors * self.schedule.weights(batch.timesteps, self.gamma) if self.gamma else errors
 
 
 def _rows(values: Tensor, timesteps: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lora_vision.base import Base
 from lora_vision.sheet import sheet
+from lora_vision.whole import write_whole
 
 PIXELS_AT_ONCE = 4 * 512 * 512
 
@@ -49,6 +51,13 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(each)) for each in bytes_]
 
 
+def png(picture: Image.Image) -> bytes:
+    """The picture as the content of a PNG file."""
+    content = BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
 class SampleSheet:
     """Sample pictures of a run: one column for each look, kept in FOLDER/samples, together in FOLDER/samples.png."""
 
@@ -64,12 +73,13 @@ class SampleSheet:
         pictures = draw(self.base, self.prompts, seed=self.seed, resolution=self.resolution)
         columns = self.folder / "samples"
         columns.mkdir(parents=True, exist_ok=True)
-        for old in columns.glob("[0-9]*-[0-9]*.png") if self.fresh else ():
-            old.unlink()
+        for old in columns.glob("[0-9]*-[0-9]*.png"):
+            if self.fresh or int(old.name.split("-")[0]) > step:  # of an earlier run, or of steps now taken again
+                old.unlink()
         self.fresh = False
         for row, picture in enumerate(pictures):
-            picture.save(columns / f"{step:06}-{row}.png")
+            write_whole(columns / f"{step:06}-{row}.png", png(picture))
         steps = sorted({int(path.name.split("-")[0]) for path in columns.glob("*-0.png")})
         grid = [[Image.open(columns / f"{each:06}-{row}.png") for each in steps] for row in range(len(pictures))]
         labels = ["base" if each == 0 else f"step {each}" for each in steps]
-        sheet(grid, self.prompts, labels).save(self.folder / "samples.png")
+        write_whole(self.folder / "samples.png", png(sheet(grid, self.prompts, labels)))

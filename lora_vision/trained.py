@@ -7,9 +7,10 @@ Shapes: O/I output/input features, R rank, K kernel.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lora_vision.config import ChangeConfig, LoraConfig
 from lora_vision.errors import AdapterError
 from lora_vision.factors import Dora, Factors, Hadamard, Kronecker, LowRank
-from lora_vision.layers import LoraLayer
+from lora_vision.layers import LoraLayer, put
 from lora_vision.targets import select
 
 F = TypeVar("F", bound=Factors)
@@ -65,10 +66,11 @@ def _plan(name: str, values: Mapping[str, float], config: LoraConfig) -> Plan:
     rank = values.get("rank", config.rank)
     alpha = values.get("alpha", rank if config.alpha is None else config.alpha)
     rate = values.get("rate", 1.0)
-    if rank < 1 or rank != int(rank) or not math.isfinite(alpha) or not 0 <= rate < math.inf:
+    start = config.variant == "pissa" and not alpha > 0
+    if rank < 1 or rank != int(rank) or not math.isfinite(alpha) or start or not 0 <= rate < math.inf:
         raise AdapterError(
             f"{name}: rank {rank:g}, alpha {alpha}, rate {rate}; expected a whole rank of at least 1, "
-            "a finite alpha and a rate of at least 0"
+            "a finite alpha (pissa: above 0) and a rate of at least 0"
         )
     return Plan(int(rank), float(alpha), rate)
 
@@ -249,3 +251,19 @@ def limit_norms(layers: Mapping[str, nn.Module], most: float) -> None:
         tensors = inner.tensors().values()
         for tensor in tensors:
             tensor.mul_((most / norm).clamp(max=1.0) ** (1 / len(tensors)))
+
+
+@contextmanager
+def silenced(parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """A context in which what is trained does nothing: the model is its base."""
+    layers = [layer for part in parts.values() for layer in part.modules() if is_trained(layer)]
+    held = [(layer, layer.lora_down, layer.lora_up, layer.lora_trained) for layer in cast(list[LoraLayer], layers)]
+    for layer, *_ in held:
+        put(layer, lora_down=None, lora_up=None)
+        layer.lora_trained = None
+    try:
+        yield
+    finally:
+        for layer, down, up, trained in held:
+            put(layer, lora_down=down, lora_up=up)
+            layer.lora_trained = trained

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from lora_vision.config import FitConfig, Precision
 from lora_vision.errors import LoraVisionError
+from lora_vision.whole import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class Job:
         folder: Where the checkpoint lies.
         identity: What a run must share with a checkpoint to continue it.
         rates: What the learning rate of each parameter is multiplied by; empty: 1 for all.
+        after_step: Called after every step the optimizer has taken, and may change the parameters.
         patience: Looks at the held-out batches without an improvement after which training ends; 0 never ends it.
     """
 
@@ -53,6 +57,7 @@ class Job:
     folder: Path | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     rates: Sequence[float] = ()
+    after_step: Callable[[], None] | None = None
     patience: int = 0
 
 
@@ -128,6 +133,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     if step < rise:
         return peak * (step + 1) / rise
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def draws(seed: int, turn: int) -> int:
+    """The seed of what one micro-batch draws from torch's own generators (dropouts): whatever was resumed, the same."""
+    return int.from_bytes(blake2b(f"{seed} {turn}".encode(), digest_size=4).digest())
 
 
 def fit(job: Job, config: FitConfig, accelerator: Accelerator) -> Fitted:
@@ -224,6 +234,7 @@ class Run:
         for micro in range(config.accumulate):
             turn = (self.done * config.accumulate + micro) * accelerator.num_processes + accelerator.process_index
             batch = self.job.batch(turn * self.batch_size, self.batch_size)
+            torch.manual_seed(draws(config.seed, turn))
             wait = accelerator.no_sync(self.model) if micro < config.accumulate - 1 else nullcontext()
             with wait:
                 loss = self.model(batch) / config.accumulate
@@ -233,6 +244,8 @@ class Run:
         finite = bool(torch.isfinite(norm))
         if finite or accelerator.scaler is not None:  # the scaler skips by itself, and must see that it should
             self.optimizer.step()
+        if self.job.after_step is not None:
+            self.job.after_step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         self._count(finite)
@@ -287,16 +300,11 @@ class Run:
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "random": torch.random.get_rng_state(),
-            "device_random": torch.cuda.get_rng_state() if self.accelerator.device.type == "cuda" else None,
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        new = self._path.with_suffix(".new")
-        with open(new, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self._path)
+        content = BytesIO()
+        torch.save(state, content)
+        write_whole(self._path, content.getvalue())
 
     def _load(self) -> None:
         """Continue from the checkpoint, if there is one."""
@@ -319,6 +327,3 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.history = History(**state["history"])
         self.done = state["done"]
-        torch.random.set_rng_state(state["random"])
-        if state["device_random"] is not None and self.accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(state["device_random"])

@@ -20,19 +20,22 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 Family = Literal["sd1", "sd2", "sdxl"]
 
 
-def tiny_sd(folder: Path, family: Family = "sd1", seed: int = 0) -> Path:
-    """The folder, holding a random base of this family in the diffusers layout: 32-pixel pictures, 16x16 latents."""
+def tiny_sd(folder: Path, family: Family = "sd1", seed: int = 0, second: int = 16) -> Path:
+    """The folder, holding a random base of this family in the diffusers layout: 32-pixel pictures, 16x16 latents.
+
+    SDXL's second text encoder is `second` wide.
+    """
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     parts = {
         "vae": tiny_vae(),
-        "unet": tiny_unet(family),
+        "unet": tiny_unet(family, second),
         "text_encoder": tiny_text_encoder(tokenizer, gelu="quick_gelu" if family != "sd2" else "gelu"),
         "tokenizer": tokenizer,
         "scheduler": tiny_scheduler("v_prediction" if family == "sd2" else "epsilon"),
     }
     if family == "sdxl":
-        parts["text_encoder_2"] = tiny_text_encoder(tokenizer, gelu="gelu", projection=True)
+        parts["text_encoder_2"] = tiny_text_encoder(tokenizer, gelu="gelu", projection=True, width=second)
         parts["tokenizer_2"] = tokenizer
         pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     else:
@@ -44,14 +47,14 @@ def tiny_sd(folder: Path, family: Family = "sd1", seed: int = 0) -> Path:
     return folder
 
 
-def tiny_unet(family: Family = "sd1") -> UNet2DConditionModel:
+def tiny_unet(family: Family = "sd1", second: int = 16) -> UNet2DConditionModel:
     """A UNet with one cross-attention block at each end and in the middle."""
     sdxl = family == "sdxl"
     extra = (
         {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + 16,
+            "projection_class_embeddings_input_dim": 6 * 8 + second,
             "transformer_layers_per_block": (1, 2),
         }
         if sdxl
@@ -66,7 +69,7 @@ def tiny_unet(family: Family = "sd1") -> UNet2DConditionModel:
         block_out_channels=(16, 32),
         layers_per_block=1,
         norm_num_groups=8,
-        cross_attention_dim=32 if sdxl else 16,
+        cross_attention_dim=16 + second if sdxl else 16,
         attention_head_dim=4,
         use_linear_projection=family != "sd1",
         **extra,
@@ -89,18 +92,18 @@ def tiny_vae() -> AutoencoderKL:
 
 
 def tiny_text_encoder(
-    tokenizer: CLIPTokenizer, *, gelu: str = "quick_gelu", projection: bool = False
+    tokenizer: CLIPTokenizer, *, gelu: str = "quick_gelu", projection: bool = False, width: int = 16
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """A text encoder 16 wide with two layers."""
+    """A text encoder with two layers."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=16,
         hidden_act=gelu,
-        projection_dim=16,
+        projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -159,8 +162,11 @@ def write_pictures(folder: Path, count: int = 6, *, size: int = 32, captions: bo
     return folder
 
 
-def ldm_checkpoint(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
-    """The weights of a tiny_sd of family sd1 under the keys of Stable Diffusion's original checkpoints."""
+def ldm_checkpoint(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
+    """The weights of a tiny_sd under the keys of Stable Diffusion's original checkpoints.
+
+    SD 1 has CLIP as transformers spells it, SD 2 OpenCLIP, SDXL one of each.
+    """
     keyed = {}
     for name, weight in pipe.unet.state_dict().items():
         keyed[f"model.diffusion_model.{_renamed(name, UNET_NAMES)}"] = weight
@@ -168,9 +174,48 @@ def ldm_checkpoint(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
         new = _renamed(name, VAE_NAMES)
         attention = ".attn_1." in new and weight.ndim == 2
         keyed[f"first_stage_model.{new}"] = weight[:, :, None, None] if attention else weight
-    for name, weight in pipe.text_encoder.state_dict().items():
-        keyed[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = weight
+    first = pipe.text_encoder.state_dict()
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        keyed |= _clip(first, "conditioner.embedders.0.transformer.")
+        keyed |= _open_clip(pipe.text_encoder_2.state_dict(), "conditioner.embedders.1.model.")
+    elif pipe.unet.config.use_linear_projection:
+        keyed |= _open_clip(first, "cond_stage_model.model.")
+    else:
+        keyed |= _clip(first, "cond_stage_model.transformer.")
     return {name: weight.contiguous() for name, weight in keyed.items()}
+
+
+def _clip(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}text_model.{name.removeprefix('text_model.')}": weight for name, weight in weights.items()}
+
+
+def _open_clip(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """A text encoder as OpenCLIP spells it: q, k and v in one matrix, the projection transposed."""
+    names = {
+        "encoder.layers.": "transformer.resblocks.",
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        ".fc1.": ".c_fc.",
+        ".fc2.": ".c_proj.",
+        ".self_attn.": ".attn.",
+        "final_layer_norm": "ln_final",
+        "embeddings.token_embedding": "token_embedding",
+        "embeddings.position_embedding.weight": "positional_embedding",
+    }
+    keyed, fused = {}, dict[str, list[torch.Tensor]]()
+    for name, weight in weights.items():
+        name = name.removeprefix("text_model.")
+        for old, new in names.items():
+            name = name.replace(old, new)
+        stem, _, leaf = name.rpartition(".")
+        if stem.endswith(("q_proj", "k_proj", "v_proj")):
+            place = "qkv".index(stem[-6])
+            fused.setdefault(f"{stem[:-6]}in_proj_{leaf}", [weight] * 3)[place] = weight
+        elif stem == "text_projection":
+            keyed[prefix + stem] = weight.T
+        else:
+            keyed[prefix + name] = weight
+    return keyed | {prefix + name: torch.cat(parts) for name, parts in fused.items()}
 
 
 RESNET_NAMES = {
@@ -185,6 +230,8 @@ UNET_NAMES = {
     "conv_in.": "input_blocks.0.0.",
     "time_embedding.linear_1.": "time_embed.0.",
     "time_embedding.linear_2.": "time_embed.2.",
+    "add_embedding.linear_1.": "label_emb.0.0.",
+    "add_embedding.linear_2.": "label_emb.0.2.",
     "conv_norm_out.": "out.0.",
     "conv_out.": "out.2.",
     "down_blocks.0.downsamplers.0.conv.": "input_blocks.2.0.op.",

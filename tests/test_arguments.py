@@ -181,3 +181,20 @@ def test_further_kinds_of_files_have_their_reader(tmp_path: Path) -> None:
 def test_near_suggests_or_lists() -> None:
     assert near("--adaptor", ["--adapter", "--base"]) == "did you mean --adapter?"
     assert near("zzz", ["b", "a"]) == "choose from a, b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oven:
+    """Bake."""
+
+    heat: int | Literal["auto"] | None = None
+    """How hot."""
+
+
+def test_a_number_may_have_a_word_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text, wanted in (("180", 180), ("auto", "auto")):
+        assert parse(Oven, ["--heat", text])[0].heat == wanted
+        assert parse(Oven, ["--config", write(tmp_path, "oven.json", json.dumps({"heat": wanted}))])[0].heat == wanted
+    with pytest.raises(SystemExit):
+        parse(Oven, ["--heat", "hot"])
+    assert "invalid int value: 'hot'" in capsys.readouterr().err

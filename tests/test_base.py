@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from models import ldm_checkpoint, tiny_sd, write_pictures
+from models import Family, ldm_checkpoint, tiny_sd, write_pictures
 from safetensors.torch import load_file, save_file
 
 from lora_vision.base import RECIPES, Base, fingerprint_of, load_base
@@ -97,12 +97,19 @@ def test_half_precision_files_are_found(sd1_folder: Path, tmp_path: Path, base: 
     assert load_base(tmp_path).fingerprint == base.fingerprint
 
 
-def test_a_single_checkpoint_is_the_same_base(sd1_folder: Path, tmp_path: Path, base: Base) -> None:
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_single_checkpoint_is_the_same_base(family: Family, tmp_path: Path) -> None:
+    """The original keys of each family; diffusers tells SDXL's encoders apart by their widths."""
+    folder = tiny_sd(tmp_path / "folder", family, second=24)
+    base = load_base(folder)
     save_file(ldm_checkpoint(base.pipeline()), tmp_path / "model.safetensors")
-    single = load_base(tmp_path / "model.safetensors", config=sd1_folder)
-    assert single.family == "sd1" and single.fingerprint == base.fingerprint
-    assert torch.equal(single.encode_text(["a fox"]).states, base.encode_text(["a fox"]).states)
-    assert not any(weight.requires_grad for weight in single.unet.parameters())
+    single = load_base(tmp_path / "model.safetensors", config=folder)
+    assert (single.family, single.prediction) == (family, base.prediction)
+    assert single.fingerprint == base.fingerprint
+    found, wanted = (each.encode_text(["a fox"]) for each in (single, base))
+    assert torch.equal(found.states, wanted.states)
+    assert wanted.pooled is None or torch.equal(found.pooled, wanted.pooled)
+    assert not any(weight.requires_grad for part in single.parts.values() for weight in part.parameters())
 
 
 def test_a_single_checkpoint_without_its_configuration_says_what_to_do(base: Base, tmp_path: Path) -> None:

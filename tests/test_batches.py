@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
 
-import pytest
 import torch
-from models import write_pictures
 
-from lora_vision.base import Base, TextStates, load_base
-from lora_vision.batches import EncodedPictures, StyleBatch, StyleBatches, encode, encode_captions
-from lora_vision.data import load_pixels, read_pictures
-from lora_vision.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def base(sd1_folder: Path) -> Base:
-    return load_base(sd1_folder)
+from lora_vision.base import TextStates
+from lora_vision.batches import StyleBatch, StyleBatches
+from lora_vision.captions import Wording
+from lora_vision.encoding import EncodedPictures
 
 
 def cached(count: int = 5, *, captions: bool = False) -> EncodedPictures:
@@ -85,49 +78,55 @@ def test_validation_is_always_the_same_and_covers_all_levels() -> None:
     assert len(StyleBatches(cached(50), 1000, seed=0).fixed(8)) == 16
 
 
-def test_encoding_is_the_vaes_and_the_text_encoders(
-    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pictures = read_pictures(write_pictures(tmp_path, 5), holdout=0).train
-    monkeypatch.setattr("lora_vision.batches.PIXELS_AT_ONCE", 2 * 32 * 32)  # batches of two
-    encoded = encode(base, pictures, 32)
-    pixels = torch.stack([load_pixels(picture.path, 32) for picture in pictures])
-    posterior = base.vae.encode(pixels).latent_dist
-    scaling = base.vae.config.scaling_factor
-    torch.testing.assert_close(encoded.mean, posterior.mean * scaling)
-    torch.testing.assert_close(encoded.std, posterior.std * scaling)
-    assert encoded.text is not None and encoded.time_ids is None and len(encoded) == 5
-    torch.testing.assert_close(encoded.text.states, base.encode_text([p.caption for p in pictures]).states)
-    assert encode(base, pictures, 32, keep_captions=True).text is None
+def sized(*counts: int) -> list[EncodedPictures]:
+    """Groups of pictures of different sizes; the latents are all the picture's own number."""
+    groups, first = [], 0
+    for height, count in enumerate(counts, 2):
+        number = torch.arange(float(first), first + count).view(-1, 1, 1, 1)
+        mean, text = number.expand(count, 2, height, 4), TextStates(number.view(-1, 1, 1).expand(count, 3, 8))
+        groups.append(EncodedPictures(mean, torch.zeros_like(mean), ("",) * count, text, None))
+        first += count
+    return groups
 
 
-def test_equal_captions_are_encoded_once(base: Base) -> None:
-    states = encode_captions(base, ["dot", "fox", "dot"]).states
-    assert torch.equal(states[0], states[2]) and not torch.equal(states[0], states[1])
+def test_pictures_of_several_sizes_are_shown_equally_often() -> None:
+    batches = StyleBatches(sized(11, 5, 2), 1000, seed=0)
+    seen: Counter[int] = Counter()
+    for number in range(270):
+        batch = batches(number * 4, 4)
+        assert batch.text.states[:, 0, 0].tolist() == shown(batch)  # type: ignore[union-attr]
+        seen.update(shown(batch))
+    assert sorted(seen) == list(range(18)) and min(seen.values()) >= 54 and max(seen.values()) <= 66
+    again = StyleBatches(sized(11, 5, 2), 1000, seed=0)
+    assert torch.equal(again(100, 4).noise, batches(100, 4).noise), "cut anywhere it is the same"
+    levels = torch.cat([batches(n * 4, 4).timesteps for n in range(270) if len(batches(n * 4, 4).latents[0, 0]) == 4])
+    assert torch.histc(levels.float(), 5, 0, 1000).min() > 0.1 * len(levels), "every size sees every noise level"
 
 
-def test_a_picture_with_latents_that_are_no_numbers_is_named(base: Base, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    pictures = read_pictures(write_pictures(tmp_path, 4), holdout=0).train
-    real = Base.encode_pictures
-
-    def broken(self: Base, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = real(self, pixels)
-        mean[1] = float("nan")
-        return mean, std
-
-    monkeypatch.setattr(Base, "encode_pictures", broken)
-    with pytest.raises(DataError, match=r"no finite latents of .*01\.png"):
-        encode(base, pictures, 32)
+def test_validation_covers_every_size() -> None:
+    fixed = StyleBatches(sized(3, 2), 1000, seed=0).fixed(5)
+    assert [len(batch) for batch in fixed] == [5, 5, 2, 5, 3]
+    levels = sorted(torch.cat([batch.timesteps for batch in fixed]).tolist())
+    assert levels == [int((row + 0.5) / 20 * 1000) for row in range(20)]
 
 
-def test_sdxl_is_told_sizes_and_crops(sdxl_folder: Path, tmp_path: Path) -> None:
-    from PIL import Image
+def test_wordings_depend_on_the_sample_alone() -> None:
+    pictures = EncodedPictures(torch.zeros(3, 1, 2, 2), torch.zeros(3, 1, 2, 2), ("ink, a, b, c, d",) * 3, None, None)
+    batches = StyleBatches(pictures, 1000, seed=0, wording=Wording(shuffle=True, trigger="ink"))
+    whole = batches(0, 9).text
+    assert whole == batches(0, 4).text + batches(4, 5).text and len(set(whole)) > 4
+    assert all(caption.startswith("ink, ") and len(caption) == len("ink, a, b, c, d") for caption in whole)
+    assert batches.fixed(4)[0].text[0] == "ink, a, b, c, d", "validation keeps captions as they are"
 
-    write_pictures(tmp_path, 3)
-    Image.new("RGB", (80, 40), "red").save(tmp_path / "03.png")
-    pictures = read_pictures(tmp_path, trigger="dots", holdout=0).train
-    encoded = encode(load_base(sdxl_folder), pictures, 32)
-    assert encoded.time_ids is not None and encoded.text is not None and encoded.text.pooled is not None
-    assert encoded.time_ids[0].tolist() == [32, 32, 0, 0, 32, 32]
-    assert encoded.time_ids[3].tolist() == [40, 80, 0, 16, 32, 32]
-    assert encoded.text.states.shape == (4, 16, 32) and encoded.text.pooled.shape == (4, 16)
+
+def test_masks_weights_and_plain_captions_travel_with_their_pictures() -> None:
+    number = torch.arange(4.0).view(-1, 1, 1, 1)
+    mean = number.expand(4, 2, 3, 3)
+    plain = tuple(f"p{index}" for index in range(4))
+    pictures = EncodedPictures(
+        mean, torch.zeros_like(mean), ("",) * 4, None, None, number.expand(4, 1, 3, 3), number.flatten(), (plain, None)
+    )
+    batch = StyleBatches(pictures, 1000, seed=0)(0, 7)
+    assert batch.mask is not None and batch.mask[:, 0, 0, 0].tolist() == shown(batch)
+    assert batch.weight is not None and batch.weight.tolist() == shown(batch)
+    assert batch.prior == tuple(f"p{number}" for number in shown(batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from models import write_pictures
+from models import Family, ldm_checkpoint, tiny_sd, write_pictures
 from PIL import Image
+from safetensors.torch import save_file
 
 import lora_vision as lv
 from lora_vision.batches import StyleBatches
@@ -105,7 +107,19 @@ def test_the_same_seed_gives_the_same_file(config: StyleConfig) -> None:
     assert run(elsewhere(config, "other", seed=1)).read_bytes() != first
 
 
-def test_a_broken_run_resumes_bit_for_bit(config: StyleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"variant": "dora", "rank_dropout": 0.3, "max_norm": 0.05},
+    "pissa": {"variant": "pissa", "module_dropout": 0.2, "up_rate": 4.0},
+    "loha": {"variant": "loha", "layers": ("unet.mid_block.*:rank=1,rate=0.5",), "targets": "attention+conv"},
+    "lokr": {"variant": "lokr", "rank_dropout": 0.3, "targets": "attention+conv"},
+    "data": {"flip": True, "shuffle_tags": True, "drop_captions": 0.3, "prior": "base", "trigger": "ink"},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_broken_run_resumes_bit_for_bit(kind: str, config: StyleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config, **OPTIONS[kind])
     whole = run(config).read_bytes()
     real = StyleBatches.__call__
 
@@ -120,8 +134,63 @@ def test_a_broken_run_resumes_bit_for_bit(config: StyleConfig, monkeypatch: pyte
         run(broken)
     assert not Path(broken.output).exists()
     assert run(replace(broken, resume=True)).read_bytes() == whole
-    with pytest.raises(TrainingError, match=r"of another run: data fingerprint .*rank 2 \(now 4\)"):
-        run(replace(broken, resume=True, rank=4, trigger="other"))
+    if kind == "lora":
+        with pytest.raises(TrainingError, match=r"of another run: data fingerprint .*rank 2 \(now 4\)"):
+            run(replace(broken, resume=True, rank=4, trigger="other"))
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "single-file"])
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_every_base_trains(family: Family, single: bool, config: StyleConfig, tmp_path: Path) -> None:
+    folder = tiny_sd(tmp_path / "base", family, second=24)
+    changes: dict[str, Any] = {"base": str(folder), "steps": 2, "targets": "style" if family == "sdxl" else "attention"}
+    if single:
+        save_file(ldm_checkpoint(lv.load_base(folder).pipeline()), tmp_path / "model.safetensors")
+        changes |= {"base": str(tmp_path / "model.safetensors"), "base_config": str(folder)}
+    adapter = lv.load_adapter(run(replace(config, **changes, validate_every=0, precision="bf16")))
+    assert all(factors.delta().abs().max() > 0 for factors in adapter.layers.values())
+    assert adapter.metadata["modelspec.prediction_type"] == ("v" if family == "sd2" else "epsilon")
+    assert adapter.metadata["ss_base_model_version"] == {"sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[family]
+
+
+def test_ranks_are_found_where_they_are_not_given(config: StyleConfig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    path = run(replace(config, rank="auto", steps=12, batch_size=4, keep="best"))
+    adapter = lv.load_adapter(path)
+    ranks = {factors.rank for factors in adapter.layers.values()}
+    assert min(ranks) >= 1 and max(ranks) < 32 and len(ranks) > 1
+    (line,) = [record.getMessage() for record in caplog.records if "of the energy kept" in record.getMessage()]
+    assert line.startswith(f"ranks {min(ranks)} to {max(ranks)}, ")
+    cut, before, base = (float(number) for number in re.findall(r"\d\.\d{5}", line))
+    assert before < base and cut <= before + 0.01 * (base - before) + 1e-5
+    assert adapter.metadata["ss_network_dim"] == "Dynamic"
+
+
+def test_what_shall_stay_is_trained_beside_what_is_new(config: StyleConfig, tmp_path: Path) -> None:
+    dogs = write_pictures(tmp_path / "dog", 4, captions=False)
+    with_folder = train_style.to_learn_from(replace(config, prior=str(dogs)))
+    kept = [picture for picture in with_folder.train if picture.prior]
+    assert len(kept) == 4 and {picture.caption for picture in kept} == {"dog"} and len(with_folder.train) == 9
+    assert run(replace(config, steps=2, prior=str(dogs), prior_weight=0.5)).is_file()
+    with pytest.raises(DataError, match="give a --trigger"):
+        run(replace(config, prior="base"))
+
+
+def test_the_bases_answers_stay_without_the_trigger(config: StyleConfig, sd1_folder: Path) -> None:
+    settings = replace(config, steps=30, batch_size=4, trigger="ink", validate_every=0, checkpoint_every=0)
+    drift = []
+    for prior in (None, "base"):
+        adapter = lv.load_adapter(run(replace(settings, prior=prior, prior_weight=5.0)))
+        base = lv.load_base(sd1_folder)
+        x, states = (
+            torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+            base.encode_text(["dot 1"] * 4),
+        )
+        with torch.no_grad():
+            before = base.unet(x, 500, states.states).sample
+            lv.attach(base.parts, adapter, strict=False)
+            drift.append(float((base.unet(x, 500, states.states).sample - before).norm()))
+    assert drift[1] < 0.8 * drift[0]
 
 
 def test_it_learns_and_leaves_the_base_alone(

@@ -1,0 +1,216 @@
+"""What a training step costs on Stable Diffusion 1.5: ours, PEFT's and LyCORIS' modules, taking turns step by step.
+
+    python benchmarks/train.py [--batch 1 4] [--steps 3] [--contenders ours peft lycoris] [--output times.json]
+    python benchmarks/train.py --contenders ours ours:dora ours:loha ours:lokr ours:pissa ours:checkpointing --batch 1
+
+Each contender is a process of its own, so that its peak memory (VmHWM) is its own; all map the same random weights of
+the SD 1.5 UNet (860 million, fp32) from one file, and take one step each in turn, in an order that turns too. A step
+is forward, backward, clipping and fused AdamW at 32 x 32 latents, 77 tokens, rank 16 on every attention projection.
+Seconds are the process's own CPU time on one thread, the least and the median of the timed steps. "full" tunes every
+weight, "forward" is the bare UNet without gradients. kohya's modules come with its repository only and are left out;
+LyCORIS' follow them closely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+RANK = 16
+SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+TINY = {"sample_size": 16, "cross_attention_dim": 32, "attention_head_dim": 4, "block_out_channels": (32, 32, 64, 64)}
+PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+PRESET = {
+    "enable_conv": False,
+    "unet_target_module": ["Attention"],
+    "unet_target_name": [],
+    "text_encoder_target_module": [],
+    "text_encoder_target_name": [],
+}
+WITH = {"dropout": {"rank_dropout": 0.1}, "checkpointing": {}}
+
+
+def write_weights(path: Path, config: dict[str, Any]) -> None:
+    """Random weights of the UNet, small enough that nothing overflows."""
+    with torch.device("meta"):
+        shapes = UNet2DConditionModel(**config).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, each in shapes.items():
+        spread = 1 / max(1, each[0].numel()) ** 0.5
+        weights[name] = torch.empty(each.shape).uniform_(-spread, spread, generator=generator)
+    save_file(weights, path)
+
+
+def loaded(path: Path, config: dict[str, Any]) -> UNet2DConditionModel:
+    """The UNet over the mapped file: frozen weights are shared between processes."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    unet.load_state_dict(load_file(path), assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+def trainable(kind: str, unet: UNet2DConditionModel) -> list[nn.Parameter]:
+    """What this contender trains, put into the UNet."""
+    family, _, variant = kind.partition(":")
+    if family == "full":
+        unet.requires_grad_(True)
+    elif family == "ours":
+        import lora_vision as lv
+
+        options = WITH.get(variant, {"variant": variant or "lora"})
+        if variant == "checkpointing":
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        return lv.inject({"unet": unet}, lv.LoraConfig(rank=RANK, targets="attention", **options))
+    elif family == "peft":
+        import peft
+
+        plain = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, use_dora=variant == "dora")
+        kinds = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}
+        other = kinds[variant](r=RANK, alpha=RANK, target_modules=PROJECTIONS) if variant in kinds else plain
+        peft.inject_adapter_in_model(other, unet)
+    elif family == "lycoris":
+        from lycoris.kohya import LycorisNetworkKohya, create_network
+
+        algorithm = {"dora": {"algo": "lora", "dora_wd": True}}.get(variant, {"algo": variant or "lora"})
+        LycorisNetworkKohya.apply_preset(PRESET)
+        network = create_network(1.0, RANK, RANK, None, nn.Module(), unet, **algorithm)
+        network.apply_to(None, unet, False, True)
+        unet.network = network  # hold it
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def prepared(kind: str, path: Path, config: dict[str, Any], batch: int) -> Callable[[], None]:
+    """A function that takes one step of this contender."""
+    unet = loaded(path, config)
+    generator = torch.Generator().manual_seed(1)
+    side, width = config["sample_size"] // 2, config["cross_attention_dim"]
+    x, noise = torch.randn(2, batch, 4, side, side, generator=generator)
+    states, when = torch.randn(batch, 77, width, generator=generator), torch.linspace(10, 900, batch).long()
+    if kind == "forward":
+        return torch.no_grad()(lambda: unet(x, when, states, return_dict=False))
+    parameters = trainable(kind, unet)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        answer = unet(x, when, states, return_dict=False)[0]
+        (answer - noise).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peak() -> float:
+    """The most memory this process has held, in GiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+
+def worker(kind: str, path: Path, config: dict[str, Any], batch: int) -> None:
+    """Take a step for each line read, and answer with its seconds and the peak memory so far."""
+    torch.set_num_threads(1)
+    step = prepared(kind, path, config, batch)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        wall, start = time.perf_counter(), time.process_time()
+        step()
+        print(json.dumps([time.process_time() - start, time.perf_counter() - wall, peak()]), flush=True)
+
+
+def race(kinds: list[str], path: Path, batch: int, steps: int, tiny: bool) -> dict[str, dict[str, float]]:
+    """Seconds and memory of each contender; the first step of each is not timed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = ["--path", str(path), "--batch", str(batch), *(["--tiny"] if tiny else [])]
+    found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+    workers = {}
+    for kind in kinds:
+        command = [sys.executable, __file__, "--worker", kind, *options]
+        workers[kind] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+    try:
+        for process in workers.values():
+            while answer(process) != "ready":
+                pass
+        for number in range(steps + 1):
+            turn = number % len(kinds)
+            for kind in (*kinds[turn:], *kinds[:turn]):
+                process = workers[kind]
+                assert process.stdin is not None
+                process.stdin.write("step\n")
+                process.stdin.flush()
+                found[kind].append(json.loads(answer(process)))
+                print(f"batch {batch} step {number} {kind}: {found[kind][-1]}", file=sys.stderr, flush=True)
+    finally:
+        for process in workers.values():
+            process.kill()
+            process.wait()
+    return {
+        kind: {
+            "least": min(row[0] for row in rows[1:]),
+            "median": statistics.median(row[0] for row in rows[1:]),
+            "wall": min(row[1] for row in rows[1:]),
+            "peak_gib": rows[-1][2],
+        }
+        for kind, rows in found.items()
+    }
+
+
+def answer(process: subprocess.Popen[str]) -> str:
+    """The next line a worker says."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit("a contender has died; its message stands above")
+    return line.strip()
+
+
+def main() -> None:
+    """Race them at each batch size, then print a table with ratios to ours."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contenders", nargs="+", default=["ours", "peft", "lycoris"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--tiny", action="store_true", help="a UNet of toy size, to try this script")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--path", type=Path, help="a file of weights written before, or where to keep them")
+    given = parser.parse_args()
+    config = TINY if given.tiny else SD15
+    if given.worker:
+        return worker(given.worker, given.path, config, given.batch[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = given.path or Path(folder) / "unet.safetensors"
+        if not path.is_file():
+            write_weights(path, config)
+        found = {batch: race(given.contenders, path, batch, given.steps, given.tiny) for batch in given.batch}
+    for batch, rows in found.items():
+        first = next(iter(rows.values()))
+        print(f"\nbatch {batch:<16} CPU s, least   median   ratio   peak GiB   ratio")
+        for kind, row in rows.items():
+            ratios = (row[name] / first[name] for name in ("least", "peak_gib"))
+            one, other = ratios
+            print(f"{kind:<22} {row['least']:9.3f} {row['median']:9.3f} {one:7.2f} {row['peak_gib']:9.2f} {other:8.2f}")
+    if given.output:
+        given.output.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
