@@ -202,7 +202,7 @@ def test_the_cheapest_method_within_a_point_is_chosen_and_the_page_says_so(tmp_p
     chosen, reason = choose(runs(probe=0.70, lora=0.80, full=0.85))
     assert chosen == "full fine-tuning" and "wins here by 5.0 points" in reason
     found = read_dataset(write_classes(tmp_path / "data", 2))
-    write(runs(probe=0.70, lora=0.80, full=0.805), found, CompareMethodsConfig(data="data"), tmp_path)
+    write(runs(probe=0.70, lora=0.80, full=0.803), found, CompareMethodsConfig(data="data"), tmp_path)
     page = (tmp_path / "methods.md").read_text()
-    assert "**LoRA rank 4**" in page and "| full fine-tuning | 0.805" in page and (tmp_path / "methods.png").is_file()
+    assert "**LoRA rank 4**" in page and "| full fine-tuning | 0.80" in page and (tmp_path / "methods.png").is_file()
     assert len(json.loads((tmp_path / "methods.json").read_text())["runs"]) == 6

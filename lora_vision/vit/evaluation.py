@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -29,8 +30,6 @@ def evaluate(
     ``metrics.json``, ``confusion.png``, ``reliability.png``, ``predictions.csv`` and, if there are any, the most
     confident wrong answers in ``mistakes.png``.
     """
-    import torch
-
     logits = classifier.answers(open_all(pictures), batch_size)
     labels = torch.tensor([picture.label for picture in pictures])
     found = measure(logits, labels, domain.temperature)
