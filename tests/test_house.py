@@ -18,8 +18,8 @@ SOURCES = [*LIBRARY, *(ROOT / "train_scripts").glob("*.py"), *(ROOT / "pipelines
 # From the bottom of the house to the top: a module imports only what stands before it.
 WINGS = (
     "errors whole config arguments",
-    "names targets factors replacement adapter spectrum lineage approximate layers gains stack trained inject formats files "
-    "klora combine report",
+    "names targets factors replacement adapter spectrum lineage approximate layers gains stack trained inject formats "
+    "files klora combine report",
     "tiny base data buckets captions cache encoding survey sheet charts batches losses samples training",
     "schedules regions conduct blend blending voices generate ziplora combining tools vit cli __main__",
 )
