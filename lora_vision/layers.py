@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from lora_vision.errors import AdapterError
 
-STATE = ("lora_down", "lora_up", "lora_gain", "lora_weight", "lora_bias", "lora_dense", "lora_dense_bias", "lora_share")
+STATE = ("lora_down", "lora_up", "lora_gain", "lora_rows")
+STATE += ("lora_weight", "lora_bias", "lora_dense", "lora_dense_bias", "lora_share")
 
 
 class LoraLayer(nn.Module):
@@ -30,6 +31,7 @@ class LoraLayer(nn.Module):
         lora_down: Stacked [R, I], convolutions [R, I, K, K], embeddings [R, width]; None when nothing low-rank sounds.
         lora_up: Stacked [O, R]; embeddings [vocabulary, R].
         lora_gain: What each stacked rank is multiplied by [G, R]: alpha/rank times the user's scale.
+        lora_rows: Which ranks each row takes at all [G, S], when that is less than half of them; None for all.
         lora_alpha: Alpha of the trained pair; it is scaled by alpha/rank.
         lora_weight, lora_bias: What the layer uses instead of its weight and bias, or None.
         lora_dense, lora_dense_bias: Dense changes [D, *weight] and [D, O] that differ between rows, or None.
@@ -42,6 +44,7 @@ class LoraLayer(nn.Module):
     lora_down: Tensor | None
     lora_up: Tensor | None
     lora_gain: Tensor | None
+    lora_rows: Tensor | None
     lora_alpha: float
     lora_weight: Tensor | None
     lora_bias: Tensor | None
@@ -76,6 +79,9 @@ class LoraLinear(LoraLayer, nn.Linear):
             y = F.linear(input, weight, bias) if self.lora_trained is None else self.lora_trained(self, input)
         elif gain is None:
             y = self.with_pair(input, down, up, self.lora_alpha / down.shape[0])
+        elif self.lora_rows is not None:
+            flat = F.linear(input.reshape(-1, input.shape[-1]), weight, bias)
+            y = _own_ranks(flat, input, down, up, gain, self.lora_rows).view(*input.shape[:-1], -1)
         else:
             rank = F.linear(input, down)
             rank = _scaled(rank, gain if gain.shape[0] == 1 else gain.view(-1, *(1,) * (rank.dim() - 2), gain.shape[1]))
@@ -201,8 +207,8 @@ def wrap(module: nn.Module) -> LoraLayer:
     layer = cast(LoraLayer, module)
     layer.lora_alpha = 0.0
     layer.lora_trained = None
-    for name in STATE:
-        layer.register_buffer(name, None, persistent=False)
+    layer._buffers.update(dict.fromkeys(STATE))
+    layer._non_persistent_buffers_set.update(STATE)
     return layer
 
 
@@ -274,6 +280,16 @@ def _scaled(rank: Tensor, gain: Tensor) -> Tensor:
 def _accumulated(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y + a @ b, written into y unless autograd would need a copy of it."""
     return torch.addmm(y, a, b) if y.requires_grad or a.requires_grad else y.addmm_(a.to(y.dtype), b.to(y.dtype))
+
+
+def _own_ranks(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor, rows: Tensor) -> Tensor:
+    """y [B·T, O] plus the pairs of ranks that each row of x [B, T, I] takes: as dear as one adapter, not as all."""
+    count = rows.shape[0]
+    rank = torch.bmm(x.reshape(count, -1, x.shape[-1]), down[rows].transpose(1, 2))
+    rank = _scaled(rank, gain.gather(1, rows)[:, None])
+    apart = y.view(count, -1, y.shape[-1])
+    total = torch.baddbmm(apart, rank, up.t()[rows]) if y.requires_grad else apart.baddbmm_(rank, up.t()[rows])
+    return total.view(y.shape)
 
 
 def _accumulated_conv(y: Tensor, rank: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:

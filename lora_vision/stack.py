@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_vision.errors import AdapterError, BaseModelError
 from lora_vision.factors import Factors, Full, LowRank
+from lora_vision.gains import Bank, Loaded, banks
 from lora_vision.layers import (
     LoraLayer,
     base_tensor,
@@ -31,34 +31,6 @@ from lora_vision.layers import (
 logger = logging.getLogger(__name__)
 
 Keep = Literal["device", "cpu", "nowhere"]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """One adapter, sorted by how its layers enter the sum; ``columns`` numbers its layers."""
-
-    columns: Mapping[str, int]
-    pairs: Mapping[str, LowRank]
-    dense: Mapping[str, Factors]
-
-
-@dataclass
-class Bank:
-    """The gains of all stacked layers of one device and dtype: one flat tensor [G, width], the layers hold views."""
-
-    layers: list[LoraLayer]
-    starts: list[int]
-    source: Tensor
-    unit: Tensor
-    flat: Tensor = field(init=False)
-
-    def fresh(self, rows: int) -> bool:
-        """Whether the layers still look into ``flat``; moving the model gives them tensors of their own."""
-        if self.flat.shape[0] != rows or place(self.layers[0]) != (self.flat.device, self.flat.dtype):
-            return False
-        origin, size = self.flat.data_ptr(), self.flat.element_size()
-        views = zip(self.layers, self.starts, strict=True)
-        return all(x.lora_gain is not None and x.lora_gain.data_ptr() == origin + at * size for x, at in views)
 
 
 class Stack:
@@ -80,12 +52,14 @@ class Stack:
         self._mode = (1, False)
         self._originals: dict[str, dict[str, Tensor]] = {}
         self._forgotten: set[str] = set()
+        self._spare: dict[str, Tensor] = {}
+        self._parked: tuple[tuple[str, ...], dict[str, tuple[Tensor | None, Tensor | None]]] = ((), {})
+        self._numbers = {name: number for number, name in enumerate(layers)}
         for name in self._reserve:
             check_wrappable(name, layers[name])
         for name in self._reserve:
             wrap(layers[name])
-        for name in self._reserve:
-            self._restack(name)
+        self._restack(self._reserve)
         self._banks = self._filed()
 
     def add(self, name: str, changes: Mapping[str, Factors]) -> None:
@@ -111,11 +85,12 @@ class Stack:
                 dense[layer] = Full(bias=factors.bias)
         for layer in changes:
             wrap(self.layers[layer])
-        self.loaded[name] = Loaded({layer: at for at, layer in enumerate(changes)}, pairs, dense)
+        self.loaded[name] = Loaded.of(changes, pairs, dense, self._numbers)
 
     def remove(self, name: str) -> None:
         """Forgets an adapter that neither sounds nor is merged; layers no other adapter uses are plain again."""
         gone = self.loaded.pop(name)
+        self._spare, self._parked = {}, ((), {})
         used = {layer for other in self.loaded.values() for layer in other.columns} | self._reserve.keys()
         for layer in gone.columns.keys() - used:
             unwrap(self._wrapped(layer))
@@ -144,8 +119,9 @@ class Stack:
         appended = self.sounding[: len(before)] == before
         if changed:
             self._grow()
-        for layer in {layer for loaded in known for layer in loaded.pairs}:
-            self._restack(layer, len(before) if appended else 0)
+            if not self._unpark(before):
+                self._park(before)
+                self._restack({layer for loaded in known for layer in loaded.pairs}, len(before) if appended else 0)
         restless = known if mode == self._mode else self.loaded.values()
         for layer in {layer for loaded in restless for layer in loaded.dense}:
             self._arrange_dense(layer)
@@ -162,7 +138,7 @@ class Stack:
             return
         values = torch.cat([weights[name].expand(rows, -1) for name in self.sounding], dim=1)
         for bank in self._banks:
-            bank.flat.copy_(values[:, bank.source] * bank.unit)
+            bank.write(values)
         for layer in {layer for name in self.sounding for layer in self.loaded[name].dense}:
             self._write_dense(layer, weights)
 
@@ -217,6 +193,7 @@ class Stack:
         if not self._forgotten:
             self.restore()
         self.sounding, self._banks, self.merged, self._reserve = (), [], {}, {}
+        self._spare, self._parked = {}, ((), {})
         for name in list(self.loaded):
             self.remove(name)
         for layer in self.layers.values():
@@ -245,73 +222,58 @@ class Stack:
             logger.warning(message, name, needed, self._reserve[name])
             self._reserve.update(wider)
 
+    def _park(self, before: tuple[str, ...]) -> None:
+        """Keeps the stack when all that sounded goes into the weights: ``restore`` then copies no factors."""
+        self._parked = ((), {})
+        if before and not self.sounding and not self._reserve and self.merged.keys() >= set(before):
+            names = {name for adapter in before for name in self.loaded[adapter].ranks}
+            stacks = {name: (self._wrapped(name).lora_down, self._wrapped(name).lora_up) for name in names}
+            self._parked = (before, stacks)
+
+    def _unpark(self, before: tuple[str, ...]) -> bool:
+        """Whether the kept stack is what should sound now; then it is back in place."""
+        parked, stacks = self._parked
+        if before or not parked or set(parked) != set(self.sounding):
+            return False
+        at = {name: None if down is None else (down.device, down.dtype) for name, (down, _) in stacks.items()}
+        if any(place(self._wrapped(name)) != where for name, where in at.items()):
+            return False
+        self.sounding, self._parked = parked, ((), {})
+        for name, (down, up) in stacks.items():
+            put(self._wrapped(name), lora_down=down, lora_up=up)
+        return True
+
     @torch.no_grad()
-    def _restack(self, name: str, first: int = 0) -> None:
-        """Copies the factors of the sounding adapters, from the first on, into one layer, in place where they fit."""
-        layer = self._wrapped(name)
-        pairs = [self.loaded[a].pairs.get(name) for a in self.sounding]
-        at = sum(pair.rank for pair in pairs[:first] if pair)
-        width = max(sum(pair.rank for pair in pairs if pair), self._reserve.get(name, 0))
-        if not width:
-            put(layer, lora_down=None, lora_up=None, lora_gain=None)
-            return
-        down, up = _room(layer, width, at)
-        for pair in pairs[first:]:
-            if pair:
-                down[at : at + pair.rank].copy_(pair.down.reshape(pair.rank, *down.shape[1:]))
-                up[:, at : at + pair.rank].copy_(pair.up.flatten(1))
-                at += pair.rank
-        down[at:].zero_()
-        up[:, at:].zero_()
-
-    def _filed(self) -> list[Bank]:
-        """New banks of gains, filled with zeros, for every stacked layer; the layers look into them."""
-        offsets, total = {}, 0
-        for adapter in self.sounding:
-            offsets[adapter] = total
-            total += len(self.loaded[adapter].columns)
-        stacked = {name: None for a in self.sounding for name in self.loaded[a].pairs} | dict.fromkeys(self._reserve)
-        groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-        for name in stacked:
-            groups.setdefault(place(self._wrapped(name)), []).append(name)
-        return [self._bank(names, offsets, at) for at, names in groups.items()]
-
-    def _bank(self, names: list[str], offsets: Mapping[str, int], at: tuple[torch.device, torch.dtype]) -> Bank:
-        sources, units, repeats, starts, layers, end = [], [], [], [], [], 0
+    def _restack(self, names: Iterable[str], first: int = 0) -> None:
+        """Copies the factors of the sounding adapters, from the first on, into these layers, in place if they fit."""
+        sounding = [self.loaded[adapter] for adapter in self.sounding]
+        places: list[Tensor] = []
+        factors: list[Tensor] = []
         for name in names:
             layer = self._wrapped(name)
-            assert layer.lora_down is not None
-            starts.append(end)
-            layers.append(layer)
-            spare = len(layer.lora_down)
-            for adapter in self.sounding:
-                loaded = self.loaded[adapter]
-                if name in loaded.pairs:
+            ranks = [loaded.ranks.get(name, 0) for loaded in sounding]
+            at, width = sum(ranks[:first]), max(sum(ranks), self._reserve.get(name, 0))
+            if not width:
+                put(layer, lora_down=None, lora_up=None, lora_gain=None, lora_rows=None)
+                continue
+            down, up = _room(layer, width, at)
+            for loaded, rank in zip(sounding[first:], ranks[first:], strict=True):
+                if rank:
                     pair = loaded.pairs[name]
-                    sources.append(offsets[adapter] + loaded.columns[name])
-                    units.append(pair.scale)
-                    repeats.append(pair.rank)
-                    spare -= pair.rank
-            sources.append(0)
-            units.append(0.0)
-            repeats.append(spare)
-            end += len(layer.lora_down)
-        times = torch.tensor(repeats)
-        bank = Bank(
-            layers,
-            starts,
-            torch.tensor(sources).repeat_interleave(times),
-            torch.tensor(units).repeat_interleave(times),
-        )
-        for old in self._banks:  # the same places in the same layers: nothing a compiled model holds has to move
-            if (old.layers, old.starts, old.flat.shape[1]) == (layers, starts, end) and old.fresh(self._mode[0]):
-                bank.flat = old.flat.zero_()
-                return bank
-        bank.flat = torch.zeros(self._mode[0], end, device=at[0], dtype=at[1])
-        for layer, start, stop in zip(layers, starts, [*starts[1:], end], strict=True):
-            gain = bank.flat[:, start:stop]
-            put(layer, lora_gain=gain.view(1, -1) if len(gain) == 1 else gain)  # strides alike whatever the total
-        return bank
+                    places += (down.narrow(0, at, rank), up.narrow(0, at, rank))
+                    factors += (pair.down.view(rank, *down.shape[1:]), pair.up.flatten(1).t())
+                    at += rank
+            if at < width:
+                down[at:].zero_()
+                up[at:].zero_()
+        if places:
+            torch._foreach_copy_(places, factors)
+
+    def _filed(self) -> list[Bank]:
+        stacked = {name: None for a in self.sounding for name in self.loaded[a].ranks} | dict.fromkeys(self._reserve)
+        layers = {self._numbers[name]: self._wrapped(name) for name in stacked}
+        sounding = [self.loaded[a] for a in self.sounding]
+        return banks(layers, sounding, self._mode[0], self._banks, sparse=not self._reserve)
 
     def _arrange_dense(self, name: str) -> None:
         """Makes room for the dense changes of a layer: apart when fluid, else nothing (``_write_dense`` sums them)."""
@@ -383,10 +345,13 @@ class Stack:
         kept = self._originals.pop(name, {})
         for attribute, original in kept.items():
             held = getattr(layer, attribute)
+            if attribute == "weight" and (held.device.type, held.dtype) == ("cpu", torch.float32):
+                self._spare[name] = held.data  # memory for the next merge: fresh pages cost more than the product
             held.data = original.to(held.device, held.dtype)
         weight, bias = self._dense_sum(name, parts)
         if pairs:
-            weight = _added(layer.weight if weight is None else weight, pairs)
+            room = layer.weight.data if keep == "nowhere" else self._spare.pop(name, None)
+            weight = _added(layer.weight if weight is None else weight, pairs, room)
         for attribute, value in (("weight", weight), ("bias", bias)):
             if value is None:
                 continue
@@ -400,35 +365,38 @@ class Stack:
 
 
 def _room(layer: LoraLayer, width: int, kept: int) -> tuple[Tensor, Tensor]:
-    """The layer's own down [width, I] and up [O, width], the first ``kept`` ranks still in them."""
-    shape, at, old = layer.weight.shape, place(layer), (layer.lora_down, layer.lora_up)
-    down = _ranks(old[0], at, (width, *shape[1:]), kept)
-    up = _ranks(None if old[1] is None else old[1].t(), at, (width, shape[0]), kept).t()
-    if down is not old[0]:
-        put(layer, lora_down=down, lora_up=up)
-    return down, up
+    """The layer's own down [width, I] and up, transposed [width, O], the first ``kept`` ranks still in them."""
+    shape, at, down, up = layer.weight.shape, place(layer), layer.lora_down, layer.lora_up
+    new_down = _ranks(down, at, (width, *shape[1:]), kept)
+    new_up = _ranks(None if up is None else up.t(), at, (width, shape[0]), kept)
+    put(layer, lora_down=new_down, lora_up=new_up.t())
+    return new_down, new_up
 
 
 def _ranks(old: Tensor | None, at: tuple[torch.device, torch.dtype], shape: tuple[int, ...], kept: int) -> Tensor:
     """A tensor of this shape whose first ``kept`` rows are those of the old one, which is used again if it can be.
 
-    Ranks are the slow dimension in memory, and the memory doubles when it runs out: the eighth adapter copies itself
-    alone.
+    Ranks are the slow dimension in memory, and there is more of it than asked: the eighth adapter copies itself alone.
+    A CPU commits memory only when it is written to, so there the room is larger from the start.
     """
     if old is not None and (old.device, old.dtype) == at and old.is_contiguous():
         if len(old) == shape[0]:
             return old
-        if kept and old.untyped_storage().nbytes() >= shape[0] * old[0].nbytes:
+        if kept and old.untyped_storage().nbytes() >= shape[0] * old.stride(0) * old.element_size():
             return old.as_strided(shape, old.stride())
-    new = torch.empty(max(shape[0], 2 * kept), *shape[1:], device=at[0], dtype=at[1])[: shape[0]]
+    room = 4 * shape[0] if at[0].type == "cpu" else max(shape[0], 2 * kept)
+    new = torch.empty(room, *shape[1:], device=at[0], dtype=at[1])[: shape[0]]
     if old is not None and kept:
         new[:kept] = old[:kept]
     return new
 
 
-def _added(weight: Tensor, pairs: list[tuple[LowRank, float]]) -> Tensor:
-    """weight + Σ share · delta of each pair, float32, as one product of the stacked factors."""
+def _added(weight: Tensor, pairs: list[tuple[LowRank, float]], spare: Tensor | None) -> Tensor:
+    """weight + Σ share · delta of each pair, float32, one product of the stacked factors, in ``spare`` if it fits."""
     at, exact = weight.device, torch.float32
     up = torch.cat([pair.up.to(at, exact).flatten(1) * (pair.scale * share) for pair, share in pairs], dim=1)
     down = torch.cat([pair.down.to(at, exact).flatten(1) for pair, _ in pairs])
-    return torch.addmm(weight.float().flatten(1), up, down).view(weight.shape)
+    base = weight.float().flatten(1)
+    fits = spare is not None and (spare.shape, spare.dtype) == (weight.shape, exact) and spare.is_contiguous()
+    out = spare.view(base.shape) if fits and spare is not None else None
+    return torch.addmm(base, up, down, out=out).view(weight.shape)

@@ -1,0 +1,159 @@
+"""The numbers of a stack: which rank of which layer takes which weight, kept in one flat tensor the layers look into.
+
+Shapes: G rows of weights, L layers of one adapter, R all ranks of one adapter, layer after layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from lora_vision.factors import Factors, LowRank
+from lora_vision.layers import LoraLayer, place, put
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One adapter, sorted by how its layers enter the sum.
+
+    Attributes:
+        columns: Layer name to its column in the weights [G, L].
+        pairs: What is stacked.
+        dense: What changes a weight or bias as a whole.
+        ranks: Layer name to the rank of its pair.
+        layer, inner, column, unit: For each rank [R]: its layer's number, its place inside the pair, its column in the
+            weights, and alpha/rank.
+    """
+
+    columns: Mapping[str, int]
+    pairs: Mapping[str, LowRank]
+    dense: Mapping[str, Factors]
+    ranks: Mapping[str, int]
+    layer: Tensor
+    inner: Tensor
+    column: Tensor
+    unit: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        layers: Iterable[str],
+        pairs: Mapping[str, LowRank],
+        dense: Mapping[str, Factors],
+        numbers: Mapping[str, int],
+    ) -> Loaded:
+        """An adapter of these layers; ``numbers`` counts those of the model."""
+        columns = {layer: column for column, layer in enumerate(layers)}
+        ranks = {layer: pair.rank for layer, pair in pairs.items()}
+        times = torch.tensor([*ranks.values()], dtype=torch.long)
+        of_pairs = (
+            torch.tensor([numbers[layer] for layer in pairs], dtype=torch.long),
+            times.cumsum(0) - times,
+            torch.tensor([columns[layer] for layer in pairs], dtype=torch.long),
+            torch.tensor([pair.scale for pair in pairs.values()]),
+        )
+        layer, first, column, unit = (values.repeat_interleave(times) for values in of_pairs)
+        return cls(columns, pairs, dense, ranks, layer, torch.arange(len(first)) - first, column, unit)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The gains of all stacked layers of one device and dtype: one flat tensor [G, width], the layers hold views.
+
+    Attributes:
+        layers: The layers, in the order of their gains.
+        starts: Where each layer's gains begin.
+        source: For each gain its place among the weights of all sounding adapters.
+        unit: For each gain what the weight is multiplied by; zero where a layer has spare ranks.
+        flat: The gains.
+        sparse: Whether rows that take less than half of a linear layer's ranks skip the others. A compiled model must
+            not: how many ranks are taken would become part of it.
+    """
+
+    layers: list[LoraLayer]
+    starts: list[int]
+    source: Tensor
+    unit: Tensor
+    flat: Tensor
+    sparse: bool
+
+    def fresh(self, rows: int) -> bool:
+        """Whether the layers still look into ``flat``; moving the model gives them tensors of their own."""
+        if self.flat.shape[0] != rows or place(self.layers[0]) != (self.flat.device, self.flat.dtype):
+            return False
+        origin, size = self.flat.data_ptr(), self.flat.element_size()
+        views = zip(self.layers, self.starts, strict=True)
+        return all(x.lora_gain is not None and x.lora_gain.data_ptr() == origin + at * size for x, at in views)
+
+    def write(self, weights: Tensor) -> None:
+        """Sets the gains from the weights of all sounding adapters [G, ΣL]."""
+        gains = weights[:, self.source] * self.unit
+        self.flat.copy_(gains)
+        if len(gains) > 1 and self.sparse:
+            widths = [stop - start for start, stop in pairwise([*self.starts, gains.shape[1]])]
+            known: dict[bytes, Tensor | None] = {}
+            for layer, taken in zip(self.layers, (gains != 0).split(widths, 1), strict=True):
+                put(layer, lora_rows=_taken(taken, self.flat.device, known))
+
+
+def _taken(taken: Tensor, device: torch.device, known: dict[bytes, Tensor | None]) -> Tensor | None:
+    """The places of the ranks that each row takes [G, S], from [G, R]; None where that saves nothing."""
+    pattern = taken.numpy().tobytes()
+    if pattern not in known:
+        most = int(taken.sum(1).max())
+        order = taken.to(torch.uint8).argsort(stable=True, dim=1, descending=True)
+        known[pattern] = order[:, :most].to(device) if 0 < 2 * most <= taken.shape[1] else None
+    return known[pattern]
+
+
+def banks(
+    layers: Mapping[int, LoraLayer], sounding: Sequence[Loaded], rows: int, before: Sequence[Bank], sparse: bool
+) -> list[Bank]:
+    """New banks, filled with zeros, one for each device and dtype; the layers look into them.
+
+    Args:
+        layers: Number to layer of all that have a stack.
+        sounding: The adapters in the order in which they are stacked.
+        rows: G.
+        before: The present banks; the memory of one with the same places in the same layers is used again, so that
+            nothing a compiled model holds has to move.
+        sparse: Whether rows may skip ranks they do not take.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], dict[int, LoraLayer]] = {}
+    for number, layer in layers.items():
+        groups.setdefault(place(layer), {})[number] = layer
+    return [_bank(group, at, sounding, rows, before, sparse) for at, group in groups.items()]
+
+
+def _bank(
+    numbered: Mapping[int, LoraLayer],
+    at: tuple[torch.device, torch.dtype],
+    sounding: Sequence[Loaded],
+    rows: int,
+    before: Sequence[Bank],
+    sparse: bool,
+) -> Bank:
+    layers = list(numbered.values())
+    widths = [len(layer.lora_down) for layer in layers if layer.lora_down is not None]
+    *starts, end = accumulate(widths, initial=0)
+    free = torch.full((max(numbered) + 1,), -1)  # where the next rank of each layer goes
+    free[torch.tensor(list(numbered))] = torch.tensor(starts)
+    source, unit, offset = torch.zeros(end, dtype=torch.long), torch.zeros(end), 0
+    for adapter in sounding:
+        inside = (adapter.layer < len(free)) & (free[adapter.layer.clamp(max=len(free) - 1)] >= 0)
+        layer = adapter.layer[inside]
+        places = free[layer] + adapter.inner[inside]
+        source[places], unit[places] = adapter.column[inside] + offset, adapter.unit[inside]
+        free.index_add_(0, layer, torch.ones_like(layer))
+        offset += len(adapter.columns)
+    for old in before:
+        if (old.layers, old.starts, old.flat.shape[1]) == (layers, starts, end) and old.fresh(rows):
+            return Bank(layers, starts, source, unit, old.flat.zero_(), sparse)
+    flat = torch.zeros(rows, end, device=at[0], dtype=at[1])
+    for layer, gain in zip(layers, flat.split(widths, 1), strict=True):
+        put(layer, lora_gain=gain.view(1, -1) if rows == 1 else gain, lora_rows=None)  # strides alike for any total
+    return Bank(layers, starts, source, unit, flat, sparse)

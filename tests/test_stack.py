@@ -1,0 +1,109 @@
+"""The stack: whatever sounds, merges or differs between rows, each layer computes the weighted sum of its changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_vision.factors import LowRank
+from lora_vision.stack import Stack
+
+PLACES = {"a": ("l0", "l1", "conv"), "b": ("l0", "conv"), "c": ("l0", "l1", "conv"), "d": ("l1",)}
+
+
+class Net:
+    """Three layers under a stack, with what their weights were, and four adapters of different ranks and layers."""
+
+    def __init__(self, reserve: int = 0) -> None:
+        torch.manual_seed(0)
+        self.layers: dict[str, nn.Module] = {"l0": nn.Linear(24, 40), "l1": nn.Linear(24, 40)}
+        self.layers["conv"] = nn.Conv2d(8, 8, 3)
+        self.kept = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        self.stack = Stack(self.layers, dict.fromkeys(self.layers, reserve) if reserve else None)
+        self.adapters = {name: self.adapter(rank, places) for rank, (name, places) in enumerate(PLACES.items(), 2)}
+        for name, changes in self.adapters.items():
+            self.stack.add(name, changes)
+        self.inputs = {"l0": torch.randn(4, 7, 24), "l1": torch.randn(4, 24), "conv": torch.randn(4, 8, 5, 5)}
+
+    def adapter(self, rank: int, places: tuple[str, ...]) -> dict[str, LowRank]:
+        shapes = {name: self.kept[name].shape for name in places}
+        return {
+            name: LowRank(torch.randn(rank, *s[1:]), torch.randn(s[0], rank, *[1] * (len(s) - 2)), 3.0)
+            for name, s in shapes.items()
+        }
+
+    def weights(self, *names: str, rows: int = 1) -> dict[str, Tensor]:
+        return {name: torch.rand(rows, len(PLACES[name])) for name in names}
+
+    def is_sum(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether every layer adds these weights [G, L] of the adapters to each row."""
+        near = []
+        for name, layer in self.layers.items():
+            for row in range(4):
+                weight = self.kept[name].clone()
+                for adapter, values in weights.items():
+                    if name in PLACES[adapter]:
+                        value = values[row if len(values) > 1 else 0, PLACES[adapter].index(name)]
+                        weight += value * self.adapters[adapter][name].delta().reshape(weight.shape)
+                one = self.inputs[name][row : row + 1]
+                run = F.linear if weight.dim() == 2 else F.conv2d
+                near.append(torch.allclose(layer(self.inputs[name])[row], run(one, weight, layer.bias)[0], atol=1e-4))
+        return all(near)
+
+    def untouched(self) -> bool:
+        return all(torch.equal(layer.weight, self.kept[name]) for name, layer in self.layers.items())
+
+    def places(self, attribute: str) -> list[int]:
+        return [getattr(layer, attribute).data_ptr() for layer in self.layers.values()]
+
+
+@pytest.mark.parametrize("reserve", [0, 20])
+@torch.no_grad()
+def test_any_sequence_of_sounds_is_the_weighted_sum(reserve: int) -> None:
+    net = Net(reserve)
+    for names in ("a", "ac", "abcd", "bcd", "", "db", "abcd"):
+        weights = net.weights(*names)
+        net.stack.apply(weights)
+        assert net.is_sum(weights)
+    net.stack.clear()
+    assert [type(layer) for layer in net.layers.values()] == [nn.Linear, nn.Linear, nn.Conv2d]
+
+
+@torch.no_grad()
+def test_rows_read_only_the_ranks_they_take() -> None:
+    net = Net()
+    alone = {name: torch.zeros(4, len(places)) for name, places in PLACES.items()}
+    for row, name in enumerate(PLACES):
+        alone[name][row] = torch.rand(len(PLACES[name]))
+    net.stack.apply(alone)
+    assert net.is_sum(alone)
+    assert net.layers["l0"].lora_rows.shape == (4, 4)  # the largest rank there is 4, of 2 + 3 + 4
+    everything = net.weights(*PLACES, rows=4)
+    net.stack.apply(everything)
+    assert net.is_sum(everything) and net.layers["l0"].lora_rows is None
+    net.stack.apply(alone)
+    net.stack.apply(net.weights("a"))
+    assert net.layers["l0"].lora_rows is None
+
+
+@torch.no_grad()
+def test_restore_copies_no_factors_and_merge_takes_its_memory_again() -> None:
+    net = Net()
+    weights = net.weights(*PLACES)
+    net.stack.apply(weights)
+    stacks = net.places("lora_down")
+    net.stack.merge(weights), net.stack.apply({})
+    assert net.is_sum(weights) and all(layer.lora_down is None for layer in net.layers.values())
+    merged = net.places("weight")
+    net.stack.merge({}), net.stack.apply(weights)
+    assert net.untouched() and net.is_sum(weights) and net.places("lora_down") == stacks
+    net.stack.merge(weights), net.stack.apply({})
+    assert net.is_sum(weights) and net.places("weight") == merged
+    fewer = net.weights("c")
+    net.stack.merge(fewer), net.stack.apply(net.weights("d"))
+    net.stack.merge({}), net.stack.apply(fewer)
+    assert net.untouched() and net.is_sum(fewer)
