@@ -88,8 +88,16 @@ class Qkv(nn.Module):
 
 
 def split_qkv(model: nn.Module) -> int:
-    """How many fused projections (``attn.qkv``, as timm has them) were turned into three layers each."""
+    """How many fused projections (``attn.qkv``, as timm has them) were turned into three layers each.
+
+    Raises:
+        BaseModelError: They are no plain layers: timm's BEiT and EVA add biases of their own to the bare weight.
+    """
     found = [(n, m) for n, m in model.named_modules() if n.endswith("attn.qkv") and isinstance(m, nn.Linear)]
+    for name, _ in found:
+        attention = model.get_submodule(name.rpartition(".")[0])
+        if getattr(attention, "q_bias", None) is not None:
+            raise BaseModelError(f"{name} is used without its layer; expected a ViT whose attention calls qkv(x)")
     for name, module in found:
         model.set_submodule(name, Qkv(module))
     return len(found)
