@@ -141,7 +141,7 @@ class StyleBatches:
         if wording is not None:
             told = zip(captions, keys, strict=True)
             captions = [wording(caption, generator(self.seed, "words", *key)) for caption, key in told]
-        plain = None
+        plain: TextStates | tuple[str, ...] | None = None
         if pictures.plain is not None:
             words, states = pictures.plain
             plain = tuple(words[i] for i in index) if states is None else states.rows(rows).to(self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def _encode_group(base: Base, pictures: Sequence[Picture], size: Size, how: Enco
     latents = encode_latents(base, distinct, size, how)
     mean, std = (torch.stack([each[name] for each in latents])[rows] for name in ("mean", "std"))
     captions = tuple(picture.caption for picture in pictures)
-    time_ids = mask = weight = plain = None
+    time_ids, mask, weight, plain = cast(tuple[Any, ...], (None,) * 4)
     if base.family == "sdxl":
         crops = [crop_offset(picture.size, size) for picture in pictures]
         ids = [[*picture.size, *crop, *size] for picture, crop in zip(pictures, crops, strict=True)]

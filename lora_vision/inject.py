@@ -139,7 +139,7 @@ def inject(parts: Mapping[str, nn.Module], config: LoraConfig) -> list[nn.Parame
     for model in parts.values():
         model.requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
-    found = []
+    found: list[Any] = []  # parameters, all of them
     for name, plan in planned.items():
         layer = wrap(layers[name])
         factors = fresh(config.variant, layer.weight, plan, generator)
@@ -149,7 +149,7 @@ def inject(parts: Mapping[str, nn.Module], config: LoraConfig) -> list[nn.Parame
         else:
             layer.lora_trained = Trained(factors, config)
         found += factors_of(layer).tensors().values()
-    return found  # type: ignore[return-value]  # all of them parameters
+    return found
 
 
 def rates(parts: Mapping[str, nn.Module], config: LoraConfig) -> list[float]:

@@ -65,6 +65,10 @@ class LoraLayer(nn.Module):
             y = y + self._apply_dense(x, change, bias) * share.view(-1, *(1,) * (y.dim() - 1))
         return y
 
+    def with_pair(self, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        """The layer with one trainable float32 pair, computed in the base's (or autocast's) dtype."""
+        raise NotImplementedError
+
     def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
@@ -214,11 +218,12 @@ def wrap(module: nn.Module) -> LoraLayer:
 
 def unwrap(layer: LoraLayer) -> nn.Module:
     """The same module as it was before ``wrap``; its adapters are gone."""
+    hooks = _offload_hooks(layer)
     for name in STATE:
         layer._buffers.pop(name, None)
         layer._parameters.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
-        for hook in _offload_hooks(layer):
+        for hook in hooks:
             hook.original_devices.pop(name, None)
     del layer.lora_alpha, layer.lora_trained
     _change_class(layer, _BASE[type(layer)])

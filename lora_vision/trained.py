@@ -172,7 +172,7 @@ class Trained(nn.Module):
         self.start = mapped(factors, torch.Tensor.clone) if config.variant == "pissa" else None
         self.factors = mapped(factors, nn.Parameter)
         for name, parameter in self.factors.tensors().items():
-            self.register_parameter(name.replace(".", "_"), parameter)
+            self.register_parameter(name.replace(".", "_"), cast(nn.Parameter, parameter))
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
 
     def change(self, keep: Tensor | None = None) -> Factors:
@@ -185,7 +185,8 @@ class Trained(nn.Module):
 
     def forward(self, layer: LoraLayer, x: Tensor) -> Tensor:
         """The layer's output for x, change included; where gradients are enabled, dropouts act."""
-        keep, share = None, 1.0
+        keep: Tensor | None = None
+        share = 1.0
         if torch.is_grad_enabled() and (self.rank_dropout or self.module_dropout):
             count = self.factors.rank or layer.weight.shape[0]
             draws = torch.rand(count + 1)  # from torch's global generator, which the training loop seeds
@@ -193,7 +194,7 @@ class Trained(nn.Module):
             share = float(draws[0] >= self.module_dropout)
         change = self.change(keep)
         if isinstance(change, LowRank):
-            return layer.with_pair(x, change.down, change.up.flatten(1), change.scale * share)  # type: ignore[operator]
+            return layer.with_pair(x, change.down, change.up.flatten(1), change.scale * share)
         with torch.autocast(x.device.type, enabled=False):
             delta = change.delta(layer.weight) * share
         if layer.weight.dtype == torch.float32:

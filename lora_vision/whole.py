@@ -23,7 +23,7 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, pattern: str = ".*.new") -> None:
     """Remove what writers that were killed left in a folder."""
-    for left in folder.glob(".*.new"):
+    for left in folder.glob(pattern):
         left.unlink(missing_ok=True)

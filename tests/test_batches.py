@@ -42,6 +42,14 @@ def test_batches_are_the_same_however_the_stream_is_cut() -> None:
     assert [int(row) for row in whole.text.states[:, 0, 0]] == shown(whole)
 
 
+def test_two_processes_share_an_odd_number_of_pictures() -> None:
+    """Process p of two takes every second batch: together each picture once in a pass, none twice, no one waits."""
+    batches = StyleBatches(cached(7), 1000, seed=0)
+    seen = [sum((shown(batches(turn * 2, 2)) for turn in range(process, 14, 2)), []) for process in (0, 1)]
+    assert Counter(seen[0] + seen[1]) == dict.fromkeys(range(7), 4)
+    assert len(seen[0]) == len(seen[1]) == 14
+
+
 def test_captions_travel_with_their_pictures() -> None:
     batch = StyleBatches(cached(captions=True), 1000, seed=0)(3, 6)
     assert batch.text == tuple(f"c{number}" for number in shown(batch))

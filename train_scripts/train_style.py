@@ -146,6 +146,8 @@ def check_writable(output: Path, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for place in (folder, folder / "samples"):
             sweep(place)
+        for place, name in ((folder, "*.safetensors"), (output.parent, output.name)):
+            sweep(place, f".{name}.*")  # adapters on their way
         for place in (folder, output.parent):
             with tempfile.TemporaryFile(dir=place):
                 pass
@@ -182,7 +184,7 @@ def lora_config(config: StyleConfig, base: Base) -> LoraConfig:
     if config.rank is None or config.targets is None:
         raise ValueError("rank and targets are open; StyleConfig.filled() sets them")
     return LoraConfig(
-        rank=2 * base.recipe.rank if config.rank == "auto" else config.rank,
+        rank=config.rank if isinstance(config.rank, int) else 2 * base.recipe.rank,
         targets=f"{config.targets}+text" if config.train_text else config.targets,
         **{field.name: getattr(config, field.name) for field in fields(ChangeConfig)},
         seed=config.seed,
@@ -248,7 +250,7 @@ def metadata(config: StyleConfig, base: Base, pictures: PictureSet) -> dict[str,
     name, architecture = MODEL_NAMES[base.family]
     if base.family == "sd2" and base.prediction == "epsilon":
         architecture = "stable-diffusion-v2-512"
-    rank = 2 * base.recipe.rank if config.rank == "auto" else config.rank or 0
+    rank = config.rank if isinstance(config.rank, int) else 2 * base.recipe.rank
     alpha = rank if config.alpha is None else config.alpha
     pair = 2 if config.variant == "pissa" else 1  # written as the difference of two pairs
     return {
