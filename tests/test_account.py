@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image
 import lora_vision as lv
 from lora_vision import names
 from lora_vision.adapter import Adapter
-from lora_vision.base import load_base
+from lora_vision.base import RECIPES, load_base
 from lora_vision.factors import Full, LowRank
 from lora_vision.targets import select
 from lora_vision.tools.account import account
@@ -29,7 +29,7 @@ Run = Callable[..., Any]
 
 def uneven(base: lv.Base, loud: str = "unet.up_blocks.1") -> Adapter:
     """An adapter that is loud in one block and all but silent elsewhere."""
-    generator, layers = torch.Generator().manual_seed(2), names.index(base.parts)
+    generator, layers = torch.Generator().manual_seed(2), names.index({"unet": base.unet})
     found = {}
     for name in select("attention+conv", layers):
         shape = layers[name].weight.shape
@@ -38,6 +38,14 @@ def uneven(base: lv.Base, loud: str = "unet.up_blocks.1") -> Adapter:
         up = torch.randn(shape[0], 2, *(1,) * (len(shape) - 2), generator=generator)
         found[name] = LowRank(down, scale * up, 2.0)
     return Adapter(found, {}, {"ss_tag_frequency": json.dumps({"<b>set</b>": {"a fox": 1, "a hen": 1}})})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps() -> Iterator[None]:
+    """Pictures in three denoising steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], sample_steps=3))
+        yield
 
 
 @pytest.fixture(scope="module")

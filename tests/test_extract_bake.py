@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from models import ldm_checkpoint, tiny_sd
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -70,7 +71,14 @@ def test_a_baked_checkpoint_draws_what_the_live_blend_draws(
     single = bake.write_file(base, tmp_path / "baked.safetensors", told)
     opened = KINDS[family].from_pretrained(whole)
     assert (picture(opened) - live).abs().max() < 2e-4
-    config = {"config": str(folder), "local_files_only": True}
+    config: dict[str, Any] = {"config": str(folder), "local_files_only": True}
+    if family == "sdxl":  # diffusers tells the two encoders apart by their width, which is one here
+        second = opened.text_encoder_2
+        told_of_it = convert_open_clip_checkpoint(second, load_file(single), prefix="conditioner.embedders.1.model.")
+        states = {names.classic("text_encoder_2", key): weight for key, weight in second.state_dict().items()}
+        found = {names.classic("text_encoder_2", key): weight for key, weight in told_of_it.items()}
+        assert states.keys() == found.keys() and all(torch.equal(states[key], found[key]) for key in states)
+        config["text_encoder_2"] = second
     alone = KINDS[family].from_single_file(str(single), **config)
     assert torch.equal(picture(alone), picture(opened))
     again = bake.write_file(base, tmp_path / "again.safetensors", told)
