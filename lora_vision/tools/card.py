@@ -44,7 +44,7 @@ def write_card(file: str | Path, licence: str | None = None, output: str | Path 
     file = files.member(file)
     folder = training_folder(file)
     path = Path(output) if output is not None else (folder if folder.is_dir() else file.parent) / CARD
-    if output is None and path.is_file() and "library_name: diffusers" not in path.read_text(encoding="utf-8"):
+    if output is None and path.is_file() and "lora_vision" not in path.read_text(encoding="utf-8"):
         raise AdapterError(f"{path} is there and no model card; name another file with --output")
     path.write_text(card(file, licence), encoding="utf-8")
     return path
@@ -52,27 +52,30 @@ def write_card(file: str | Path, licence: str | None = None, output: str | Path 
 
 def card(file: str | Path, licence: str | None = None) -> str:
     """The text of an adapter's model card; its pictures are named as they lie in the training folder."""
-    _, metadata = files.header(file)
+    header, metadata = files.header(file)
     file, folder = files.member(file), training_folder(file)
-    base, trigger = metadata.get("lora_vision.base", "unknown"), metadata.get("lora_vision.trigger", "")
+    sees = any(name.startswith("vit.") for name in files.understood(header.entries, metadata)[1].layers)
+    base, trigger = metadata.get("lora_vision.base", "an unknown base"), metadata.get("lora_vision.trigger", "")
+    task, family = ("image-classification", "vision-transformer") if sees else ("text-to-image", "stable-diffusion")
     front = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["lora", "text-to-image", "stable-diffusion", "lora_vision"],
+        "library_name": "lora_vision" if sees else "diffusers",
+        "pipeline_tag": task,
+        "tags": ["lora", task, family, "lora_vision"],
         "license": licence or "unknown",
         **({"base_model": base} if base.count("/") == 1 else {}),
         **({"instance_prompt": trigger} if trigger else {}),
     }
     sheets = {"samples.png": "Samples over the training steps", "loss.png": "Training and held-out loss"}
     shown = [f"![{about}]({name})\n\n*{about}.*" for name, about in sheets.items() if (folder / name).is_file()]
-    how = f"Put `{trigger}` into the prompt." if trigger else "No trigger word is needed."
+    how = f" Put `{trigger}` into the prompt." if trigger else "" if sees else " No trigger word is needed."
+    what = "a vision transformer" if sees else base
     parts = [
         "---\n" + "\n".join(f"{key}: {_yaml(value)}" for key, value in front.items()) + "\n---",
         f"# {file.stem}",
-        f"A LoRA adapter for {base}, made with lora_vision {metadata.get('lora_vision.version', __version__)}. {how}",
+        f"A LoRA adapter for {what}, made with lora_vision {metadata.get('lora_vision.version', __version__)}.{how}",
         *shown,
         "## Use",
-        _use(file, base, trigger),
+        f"```\nlora-vision classify picture.png --adapter {file.name}\n```" if sees else _use(file, base, trigger),
         "## How it was made",
         _table(_facts(file, metadata)),
         "## Licence of the training pictures",
