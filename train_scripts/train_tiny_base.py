@@ -28,7 +28,7 @@ from lora_vision.tiny.dataset import further_pixels, pictures, write_style_sets
 from lora_vision.tiny.denoiser import new_scheduler, new_unet, train_unet
 from lora_vision.tiny.text import new_tokenizer, train_text
 
-STEPS = {"vae": 3600, "text": 900, "decoder": 900, "unet32": 1900, "unet64": 1750}
+STEPS = {"vae": 3600, "text": 900, "decoder": 900, "unet32": 1900, "unet64": 4200}
 """Optimiser steps a stage."""
 
 
