@@ -133,15 +133,13 @@ def bars(values: Mapping[str, Sequence[float]], names: Sequence[str], title: str
 
 
 def over(picture: Image.Image, values: np.ndarray) -> Image.Image:
-    """A picture, faded to grey, under a warm map of values [H, W] in 0 to 1."""
-    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None].repeat(3, -1) * 0.5 + 110
-    fine = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8)).resize(
-        picture.size, Image.Resampling.BICUBIC
-    )
-    share = np.asarray(fine, dtype=np.float32)[..., None] / 255
-    table = np.array([_colour(level / 255, _WARM[1:]) for level in range(256)], dtype=np.float32)
-    warm = table[np.asarray(fine)]
-    return Image.fromarray(np.clip(grey * (1 - share) + warm * share, 0, 255).astype(np.uint8))
+    """A map of values [H, W], lowest pale and highest dark red, with the picture shining through."""
+    low, high = float(values.min()), float(values.max())
+    levels = ((values - low) / ((high - low) or 1) * 255).astype(np.uint8)
+    fine = Image.fromarray(levels).resize(picture.size, Image.Resampling.BICUBIC)
+    table = np.array([_colour(level / 255, _WARM) for level in range(256)], dtype=np.float32)
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    return Image.fromarray((0.7 * table[np.asarray(fine)] + 0.3 * grey).astype(np.uint8))
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
