@@ -74,7 +74,7 @@ def inspect(settings: config.InspectConfig) -> tuple[str, Any]:
     """What is in an adapter file."""
     from lora_vision.report import inspect
 
-    report = inspect(settings.file, scan=settings.scan)
+    report = inspect(settings.file, scan=settings.scan, allow_pickle=settings.allow_pickle)
     return str(report), report.to_dict()
 
 

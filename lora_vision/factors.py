@@ -5,7 +5,7 @@ Shapes: O/I output/input features, R rank, K kernel. Embeddings count as [O, I] 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -67,8 +67,7 @@ class Factors:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def _delta(self, base: Tensor | None) -> Tensor:
         raise NotImplementedError

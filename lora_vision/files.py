@@ -182,6 +182,23 @@ def member(path: str | Path) -> Path:
     return found
 
 
+def repack(path: Path, folder: Path) -> Path | None:
+    """Returns a safetensors file, made in `folder`, of a torch pickle and its configuration; None for other files.
+
+    Raises:
+        AdapterError: torch cannot load the pickle without running code from it.
+    """
+    if path.suffix.lower() not in _PICKLES:
+        return None
+    try:
+        head, pieces = container.serialise(_unpickle(path), _with_config(path, {}))
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
+    made = folder / "repacked.safetensors"
+    _write(made, [head, *pieces])
+    return made
+
+
 def header(path: str | Path) -> tuple[container.Header, dict[str, str]]:
     """Returns (checked header, its strings with PEFT's configuration) of a safetensors file, without torch.
 

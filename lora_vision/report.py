@@ -6,9 +6,10 @@ import hashlib
 import json
 import mmap
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,18 +115,28 @@ def _printable(line: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
-def inspect(path: str | Path, *, scan: bool | None = None) -> Inspection:
+def inspect(path: str | Path, *, scan: bool | None = None, allow_pickle: bool = False) -> Inspection:
     """Returns what is in an adapter file, also where it cannot be loaded.
 
     Args:
         path: a `.safetensors` file, or a folder with one.
         scan: read the tensors too, for hashes and for broken and silent layers; None: if the file is small.
+        allow_pickle: also open `.pt` and `.bin` files, through torch's `weights_only` loader.
 
     Raises:
         AdapterError: the file is missing, or no safetensors file.
     """
-    header, metadata = files.header(path)
     found = files.member(path)
+    if allow_pickle:
+        with tempfile.TemporaryDirectory() as folder:
+            if made := files.repack(found, Path(folder)):
+                hashes = {"sha256": hashlib.sha256(found.read_bytes()).hexdigest()}
+                return replace(_inspect(made, scan), file=str(found), bytes=found.stat().st_size, hashes=hashes)
+    return _inspect(found, scan)
+
+
+def _inspect(found: Path, scan: bool | None) -> Inspection:
+    header, metadata = files.header(found)
     size = found.stat().st_size
     report: dict[str, Any] = {
         "file": str(found),

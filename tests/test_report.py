@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import CONV, LINEAR, TEXT, Maker, every_kind
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_vision.adapter import Adapter
 from lora_vision.errors import AdapterError
@@ -107,6 +107,17 @@ def test_a_file_that_cannot_be_loaded_is_still_told_apart(tmp_path: Path) -> Non
     (tmp_path / "b.safetensors").write_bytes(b"version https://git-lfs")
     with pytest.raises(AdapterError, match="LFS"):
         inspect(tmp_path / "b.safetensors")
+
+
+def test_a_pickle_is_inspected_only_with_permission(tmp_path: Path) -> None:
+    path = save_adapter(Adapter(every_kind()["lora"].layers), tmp_path / "a.safetensors")
+    torch.save(load_file(path), tmp_path / "a.pt")
+    with pytest.raises(AdapterError, match="--allow-pickle"):
+        inspect(tmp_path / "a.pt")
+    whole, pickled = inspect(path), inspect(tmp_path / "a.pt", allow_pickle=True)
+    assert pickled.file == str(tmp_path / "a.pt") and pickled.bytes == (tmp_path / "a.pt").stat().st_size
+    assert (pickled.algorithms, pickled.groups, pickled.family) == (whole.algorithms, whole.groups, whole.family)
+    assert pickled.hashes == {"sha256": hashlib.sha256((tmp_path / "a.pt").read_bytes()).hexdigest()}
 
 
 def test_nothing_in_a_file_can_play_with_the_terminal(tmp_path: Path) -> None:

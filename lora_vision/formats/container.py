@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_vision.errors import AdapterError
 
@@ -31,8 +31,7 @@ _NAMES = {torch_name: name for name, torch_name in _TORCH.items()}
 _LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor as the header describes it: type, shape, and its bytes counted from the end of the header."""
 
     dtype: str
@@ -77,7 +76,10 @@ def _what_else(first: bytes) -> str:
     if first.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
     if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return "this is a torch pickle (.pt, .bin, .ckpt); allow it with allow_pickle=True if you trust it"
+        return (
+            "this is a torch pickle (.pt, .bin, .ckpt); if you trust it, `lora-vision convert --allow-pickle` makes a "
+            "safetensors file of it (in Python allow_pickle=True opens it)"
+        )
     if first.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "this is a web page, not an adapter; download the file itself"
     return "this is no safetensors file: no header follows its first eight bytes; download it again"
@@ -127,7 +129,8 @@ def _entry(key: str, value: Any) -> Entry:
     """Returns one checked entry."""
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        numbers = (*shape, begin, end)
+        whole = {*map(type, numbers)} == {int} and min(numbers) >= 0
     except (TypeError, KeyError, ValueError):
         raise AdapterError(f"the header's entry for {key[:200]!a} is not a dtype, a shape and two offsets") from None
     if not isinstance(dtype, str) or dtype not in ITEM:
@@ -164,12 +167,17 @@ def tensors(header: Header, data: Any) -> dict[str, Tensor]:
     import torch
 
     flat = torch.frombuffer(data, dtype=torch.uint8)
+    whole: dict[str, Tensor] = {}  # all of the file as numbers of one type, up to the last that is complete
     found: dict[str, Tensor] = {}
-    for key, entry in header.entries.items():
-        piece = flat[header.start + entry.begin : header.start + entry.end]
-        if (header.start + entry.begin) % ITEM[entry.dtype]:
-            piece = piece.clone()  # a header of odd length: torch views need aligned bytes
-        found[key] = piece.view(getattr(torch, _TORCH[entry.dtype])).view(entry.shape)
+    for key, (dtype, shape, begin, end) in header.entries.items():
+        width, kind = ITEM[dtype], getattr(torch, _TORCH[dtype])
+        first, odd = divmod(header.start + begin, width)
+        if odd:  # a header of odd length: torch views need aligned bytes
+            found[key] = flat[header.start + begin : header.start + end].clone().view(kind).view(shape)
+            continue
+        if dtype not in whole:
+            whole[dtype] = flat[: len(flat) // width * width].view(kind)
+        found[key] = whole[dtype].narrow(0, first, (end - begin) // width).view(shape)
     return found
 
 

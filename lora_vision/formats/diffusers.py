@@ -46,8 +46,10 @@ def read(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Reading:
     configs = _configs(metadata)
     modules: dict[str, tuple[str, str]] = {}
     for key, tensor in tensors.items():
-        modern = _PROCESSOR.sub(lambda m: f".to_{m[1]}{'.0' if m[1] == 'out' else ''}.lora.", key)
-        modern = _OLD_TEXT.sub(lambda m: f".self_attn.{m[1]}_proj.lora.", modern)
+        modern = key
+        if "_lora." in key:
+            modern = _PROCESSOR.sub(lambda m: f".to_{m[1]}{'.0' if m[1] == 'out' else ''}.lora.", key)
+            modern = _OLD_TEXT.sub(lambda m: f".self_attn.{m[1]}_proj.lora.", modern)
         path, leaf = vocabulary.split(modern) or ("", None)
         part, _, module = path.partition(".")
         if part not in ("unet", "text_encoder", "text_encoder_2"):

@@ -61,7 +61,6 @@ _PLAIN += tuple(f"hada_w{n}_{s}" for n in "12" for s in "ab") + tuple(f"lokr_w{n
 LEAVES: dict[str, str] = {spelling: leaf for leaf, spellings in _SPELLINGS.items() for spelling in spellings}
 LEAVES.update((leaf, leaf) for leaf in _PLAIN)
 
-_SPLIT = re.compile(r"^(.+?)\.(" + "|".join(re.escape(s) for s in sorted(LEAVES, key=len, reverse=True)) + ")$")
 _ADAPTER_NAME = re.compile(
     r"\.(lora_A|lora_B|lora_magnitude_vector|lora_embedding_A|lora_embedding_B)\.(?!weight$|bias$)\w+"
 )
@@ -89,8 +88,16 @@ _REFUSED = (  # what a leaf, or a whole key, gives away
 
 def split(key: str) -> tuple[str, str] | None:
     """Returns (path, leaf) of a dotted key such as `a.b.lora_A.weight`, or None when its ending is not known."""
-    match = _SPLIT.match(key) or _SPLIT.match(_ADAPTER_NAME.sub(r".\1", key))
-    return (match[1], LEAVES[match[2]]) if match else None
+    return _split(key) or _split(_ADAPTER_NAME.sub(r".\1", key))
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    pieces = key.rsplit(".", 3)
+    for count in range(1, len(pieces)):  # the longest ending first
+        leaf = LEAVES.get(".".join(pieces[count:]))
+        if leaf and pieces[0]:
+            return ".".join(pieces[:count]), leaf
+    return None
 
 
 def refusal(keys: Iterable[str]) -> str | None:
