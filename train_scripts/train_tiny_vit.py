@@ -17,7 +17,7 @@ from pathlib import Path
 from lora_vision.tiny.classifier import train_vit, write_vit
 
 STEPS = 1800
-"""Optimiser steps of 64 drawings; only the last part of the schedule depends on it, so that it can be raised later."""
+"""Optimiser steps of 32 drawings; only the last part of the schedule depends on it, so that it can be raised later."""
 
 
 def main() -> None:
