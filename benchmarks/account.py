@@ -15,6 +15,8 @@ import argparse
 import itertools
 import json
 import logging
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,15 @@ from style_quality import HELD_OUT
 from torch import Tensor
 
 import lora_vision as lv
-from lora_vision.base import load_base
+from lora_vision import names
+from lora_vision.base import RECIPES, load_base
+from lora_vision.report import inspect
 from lora_vision.tiny.subjects import caption
-from lora_vision.tools import places
+from lora_vision.tools import page, places
+from lora_vision.tools.account import account
 from lora_vision.tools.commands import prompts_of
 from lora_vision.tools.compare import compare
-from lora_vision.tools.trials import patterns, trials
+from lora_vision.tools.trials import Trials, patterns, trials
 
 
 class Studio:
@@ -67,10 +72,18 @@ class Studio:
         return {name: {"*": 1.0, **silent}}
 
 
-def carriers(studio: Studio, base: str, style: str, most: int) -> dict[str, Any]:
+def told_by_report(file: str, base: str, pages: Path | None) -> Trials:
+    """What the report finds; its page is written into a folder beside the others."""
+    adapter, own = lv.load_adapter(file), load_base(base)
+    found = trials(own, adapter, prompts_of(adapter.metadata))
+    if pages is not None:
+        weights = {name: layer.weight for name, layer in names.index(own.parts).items()}
+        page.write(pages / f"{Path(file).stem}-report", inspect(file), account(adapter, weights), found, base)
+    return found
+
+
+def carriers(studio: Studio, style: str, found: Trials, most: int) -> dict[str, Any]:
     """What the report says of one style's blocks, and what the judge says of it."""
-    adapter = studio.adapters[style]
-    found = trials(load_base(base), adapter, prompts_of(adapter.metadata))
     chosen, every = found.carriers, found.blocks
     others = tuple(block for block in every if block not in chosen)
     same_size = [blocks for blocks in itertools.combinations(every, len(chosen)) if blocks != chosen]
@@ -138,16 +151,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rivals", type=int, default=8, help="how many other sets of blocks to try, at most")
-    parser.add_argument("--picture", type=Path, help="also write a sheet: a row for each measurement, names printed")
+    parser.add_argument(
+        "--picture", type=Path, help="also write a sheet, a row for each measurement, and beside it the report pages"
+    )
     options = parser.parse_args()
     logging.disable(logging.WARNING)
+    RECIPES["tiny"] = replace(RECIPES["tiny"], sample_steps=options.steps)  # for the report's own pictures too
     styles = dict(entry.split("=", 1) for entry in options.adapters)
     files = styles | dict(entry.split("=", 1) for entry in options.subject)
     studio = Studio(options.base, options.work, files, options.nouns, options.seed, options.steps)
     report: dict[str, Any] = {"blocks": places.blocks(n for a in studio.adapters.values() for n in a.layers)}
+    alone = {style: studio.called(f"{style} whole", {style: 1.0}, style) for style in styles}
+    report["pairs"] = pairs(studio, list(styles), alone)
+    print(json.dumps(report["pairs"]), file=sys.stderr, flush=True)
     for style in styles:
-        report[style] = carriers(studio, options.base, style, options.rivals)
-    report["pairs"] = pairs(studio, list(styles), {style: report[style]["whole"] for style in styles})
+        found = told_by_report(styles[style], options.base, options.picture and options.picture.parent)
+        report[style] = carriers(studio, style, found, options.rivals)
+        print(json.dumps({style: report[style]}), file=sys.stderr, flush=True)
     told = [pair["fight"] for pair in report["pairs"].values()]
     lost = [pair["loss of style accuracy"] for pair in report["pairs"].values()]
     report["rank correlation of fight and loss"] = rank_correlation(told, lost)
