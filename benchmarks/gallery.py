@@ -107,6 +107,7 @@ def regions(gallery: Gallery, pairs: Sequence[tuple[str, str]], one: str, other:
     wide = [[line[-1]] for _, line in rows]
     square = sheet([line[:-1] for _, line in rows], [first for first, _ in pairs], columns)
     second = sheet(wide, [""] * len(wide), ["128 px wide: " + " | ".join(f"{n}, own prompt" for n in halves)])
+    second = second.crop((2 * 128, 0, second.width, second.height))  # no labels beside the rows: the others have them
     page = Image.new("RGB", (square.width + second.width, max(square.height, second.height)), "white")
     page.paste(square, (0, page.height - square.height))
     page.paste(second, (square.width, page.height - second.height))
