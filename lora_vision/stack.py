@@ -261,7 +261,7 @@ class Stack:
                 if rank:
                     pair = loaded.pairs[name]
                     places += (down.narrow(0, at, rank), up.narrow(0, at, rank))
-                    factors += (pair.down.view(rank, *down.shape[1:]), pair.up.flatten(1).t())
+                    factors += (pair.down.reshape(rank, *down.shape[1:]), pair.up.flatten(1).t())
                     at += rank
             if at < width:
                 down[at:].zero_()
@@ -345,7 +345,8 @@ class Stack:
         kept = self._originals.pop(name, {})
         for attribute, original in kept.items():
             held = getattr(layer, attribute)
-            if attribute == "weight" and (held.device.type, held.dtype) == ("cpu", torch.float32):
+            stacked = any(name in each.ranks for each in self.loaded.values())
+            if stacked and (attribute, held.device.type, held.dtype) == ("weight", "cpu", torch.float32):
                 self._spare[name] = held.data  # memory for the next merge: fresh pages cost more than the product
             held.data = original.to(held.device, held.dtype)
         weight, bias = self._dense_sum(name, parts)
@@ -366,11 +367,13 @@ class Stack:
 
 def _room(layer: LoraLayer, width: int, kept: int) -> tuple[Tensor, Tensor]:
     """The layer's own down [width, I] and up, transposed [width, O], the first ``kept`` ranks still in them."""
-    shape, at, down, up = layer.weight.shape, place(layer), layer.lora_down, layer.lora_up
-    new_down = _ranks(down, at, (width, *shape[1:]), kept)
-    new_up = _ranks(None if up is None else up.t(), at, (width, shape[0]), kept)
-    put(layer, lora_down=new_down, lora_up=new_up.t())
-    return new_down, new_up
+    shape, at = layer.weight.shape, place(layer)
+    old = (layer.lora_down, None if layer.lora_up is None else layer.lora_up.t())
+    down = _ranks(old[0], at, (width, *shape[1:]), kept)
+    up = _ranks(old[1], at, (width, shape[0]), kept)
+    if down is not old[0] or up is not old[1]:
+        put(layer, lora_down=down, lora_up=up.t())
+    return down, up
 
 
 def _ranks(old: Tensor | None, at: tuple[torch.device, torch.dtype], shape: tuple[int, ...], kept: int) -> Tensor:
@@ -384,7 +387,9 @@ def _ranks(old: Tensor | None, at: tuple[torch.device, torch.dtype], shape: tupl
             return old
         if kept and old.untyped_storage().nbytes() >= shape[0] * old.stride(0) * old.element_size():
             return old.as_strided(shape, old.stride())
-    room = 4 * shape[0] if at[0].type == "cpu" else max(shape[0], 2 * kept)
+    room = shape[0]
+    if old is None or kept:  # nothing was taken out, so more may come
+        room = 4 * room if at[0].type == "cpu" else max(room, 2 * kept)
     new = torch.empty(room, *shape[1:], device=at[0], dtype=at[1])[: shape[0]]
     if old is not None and kept:
         new[:kept] = old[:kept]
