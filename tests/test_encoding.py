@@ -129,4 +129,5 @@ def test_stale_entries_are_made_anew_and_no_others(
     for file in (tmp_path / "cache").iterdir():
         file.write_bytes(file.read_bytes()[:50])
     again, count = run()
-    assert count == {"latents": 5, "captions": 5} and torch.equal(again, edited)
+    assert count == {"latents": 5, "captions": 5}
+    torch.testing.assert_close(again, edited)  # the edited picture was encoded alone: not the same bits
