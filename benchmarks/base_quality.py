@@ -19,7 +19,7 @@ from judges import NOUNS, judges, through
 from PIL import Image
 from torch import Tensor
 
-from lora_vision.base import load_base
+from lora_vision.base import RECIPES, load_base
 from lora_vision.tiny.dataset import packages
 from lora_vision.tiny.render import draw, draw_rgba, over, recoloured, shrink
 from lora_vision.tiny.subjects import COLOURS, HELD_OUT_STYLES, SUBJECT_COLOURS, caption
@@ -30,11 +30,11 @@ SEEDS = (101, 202)
 @torch.no_grad()
 def draw_prompts(pipe: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int = 20) -> Tensor:
     """Returns pictures [B, 3, 64, 64] in [-1, 1]; each prompt has its own noise, fixed by seed and place."""
-    made = []
+    made, guidance = [], RECIPES["tiny"].guidance
     for start in range(0, len(prompts), 40):
         part = prompts[start : start + 40]
         draws = [torch.Generator().manual_seed(seed * 10_000 + start + row) for row in range(len(part))]
-        out = pipe(part, num_inference_steps=steps, guidance_scale=3.0, generator=draws, output_type="pt")
+        out = pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=draws, output_type="pt")
         made.append(out.images * 2 - 1)
     return torch.cat(made)
 

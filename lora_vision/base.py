@@ -44,7 +44,7 @@ RECIPES = {
         batch_size=8,
         resolution=64,
         sample_steps=25,
-        guidance=3.0,
+        guidance=2.0,
     ),
     "sd1": Recipe(
         rank=16,
