@@ -111,13 +111,16 @@ def report(config: s.ReportConfig) -> tuple[str, Any]:
     from lora_vision.tools.account import account
 
     adapter, inspection = load_adapter(config.file), inspect(config.file)
-    found = None
-    weights = None
+    found, weights = None, None
     if config.base is not None:
+        import torch
+
         from lora_vision.tools.trials import trials
 
         base = load_base(config.base, config=config.base_config)
         weights = {name: layer.weight for name, layer in names.index(base.parts).items()}
+        if torch.cuda.is_available():
+            base.to("cuda", torch.float16).vae.float()  # SDXL's overflows in fp16
         found = trials(base, adapter, config.prompts or prompts_of(adapter.metadata), config.seed)
     counted = account(adapter, weights)
     folder = config.output or f"{Path(config.file).stem}-report"
