@@ -145,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapters", nargs="+", metavar="STYLE=FILE")
     parser.add_argument("--subject", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--in-pairs", action="append", default=[], metavar="STYLE=FILE", help="a style for pairs only")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--base", default="tiny")
     parser.add_argument("--nouns", type=int, default=24)
@@ -157,12 +158,15 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     RECIPES["tiny"] = replace(RECIPES["tiny"], sample_steps=options.steps)  # for the report's own pictures too
-    styles = dict(entry.split("=", 1) for entry in options.adapters)
-    files = styles | dict(entry.split("=", 1) for entry in options.subject)
+    styles, others, subjects = (
+        dict(entry.split("=", 1) for entry in entries)
+        for entries in (options.adapters, options.in_pairs, options.subject)
+    )
+    files = styles | others | subjects
     studio = Studio(options.base, options.work, files, options.nouns, options.seed, options.steps)
     report: dict[str, Any] = {"blocks": places.blocks(n for a in studio.adapters.values() for n in a.layers)}
-    alone = {style: studio.called(f"{style} whole", {style: 1.0}, style) for style in styles}
-    report["pairs"] = pairs(studio, list(styles), alone)
+    alone = {style: studio.called(f"{style} whole", {style: 1.0}, style) for style in styles | others}
+    report["pairs"] = pairs(studio, list(alone), alone)
     print(json.dumps(report["pairs"]), file=sys.stderr, flush=True)
     for style in styles:
         found = told_by_report(styles[style], options.base, options.picture and options.picture.parent)
