@@ -104,7 +104,9 @@ def merge(settings: config.MergeConfig) -> tuple[str, Any]:
 def where(settings: config.WhereConfig) -> tuple[str, Any]:
     """The path of a script, a base or a picture set."""
     places = {"tiny": PACKAGE / "tiny" / "base", "pictures": PACKAGE / "pictures"}
-    places |= {"tiny-vit": PACKAGE / "tiny" / "vit", "fashion": PACKAGE / "vit" / "fashion"}
+    places["fashion"] = PACKAGE / "vit" / "fashion"
+    if (tiny_vit := PACKAGE / "tiny" / "vit").is_dir():
+        places["tiny-vit"] = tiny_vit
     places |= {folder.name: folder for folder in places["pictures"].glob("*/")}
     for door in ("train_scripts", "pipelines"):
         places |= {file.stem: file for file in _folder(door).glob("[!_]*.py")}

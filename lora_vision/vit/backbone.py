@@ -120,7 +120,12 @@ def load_backbone(name: str | Path) -> Backbone:
     if name.startswith("timm:"):
         return _from_timm(name)
     path = EMBEDDED.get(name, Path(name).expanduser())
-    if not path.is_dir() and (name in EMBEDDED or path.suffix or path.is_absolute() or name.count("/") != 1):
+    if name in EMBEDDED and not path.is_dir():
+        raise BaseModelError(
+            f"{name} is not in this package; make it with train_tiny_vit and give its folder as --base, "
+            f"or give another {KINDS}"
+        )
+    if not path.is_dir() and (path.suffix or path.is_absolute() or name.count("/") != 1):
         raise BaseModelError(f"there is no vision transformer {name!r}; expected {EXPECTED}")
     return _from_transformers(str(path) if path.is_dir() else name, name)
 
