@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lora_vision.errors import AdapterError
 
-STATE = ("lora_down", "lora_up", "lora_gain", "lora_rows")
+STATE: tuple[str, ...] = ("lora_down", "lora_up", "lora_gain", "lora_rows")
 STATE += ("lora_weight", "lora_bias", "lora_dense", "lora_dense_bias", "lora_share")
 
 
