@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lora_vision.tiny.classifier import train_vit, write_vit
 
-STEPS = 1800
+STEPS = 20000
 """Optimiser steps of 32 drawings; only the last part of the schedule depends on it, so that it can be raised later."""
 
 
