@@ -4,8 +4,8 @@ One command, from a checkout with the ``dev`` extra and npm on the path:
 
     python train_scripts/train_tiny_vit.py --work DIR
 
-Seeded; it keeps a checkpoint and a log in DIR and resumes there. How long it takes and what it reaches stands in
-``lora_vision/tiny/vit/README.md``.
+Seeded; it keeps a checkpoint and a log in DIR and resumes there. It was never run to its end: by the speed measured
+(0.35 CPU seconds a step, AMD EPYC, Zen 3; 0.8 estimated for the last 15 %), the default takes 2.3 hours of one core.
 """
 
 from __future__ import annotations

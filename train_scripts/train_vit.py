@@ -105,7 +105,7 @@ def learner(
         classifier.body.gradient_checkpointing_enable({"use_reentrant": False})
     classifier.body.to(accelerator.device, weight_dtype(accelerator))
     classifier.head.to(accelerator.device)
-    rank = GENEROUS if config.rank == "auto" else config.rank
+    rank = config.rank if isinstance(config.rank, int) else GENEROUS
     lora = LoraConfig(rank=rank, alpha=config.alpha, targets=config.targets, seed=config.seed)
     head = (config.head_learning_rate or 1.0) / (config.learning_rate or 1.0)
     parameters, rates = learners(classifier, "lora", lora, {"head": head})

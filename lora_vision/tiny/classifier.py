@@ -206,13 +206,14 @@ def telling_patches(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 def states_of(model: Any, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
     """Returns the last states [B, 1 + K, width], of the patches numbered by kept [B, K] only if given."""
-    states = model.vit.embeddings(pixels)
+    states: Tensor = model.vit.embeddings(pixels)
     if kept is not None:
         rows = kept[..., None].expand(-1, -1, states.shape[-1])
         states = torch.cat([states[:, :1], states[:, 1:].gather(1, rows)], 1)
     for layer in model.vit.layers:
         states = layer(states)
-    return model.vit.layernorm(states)
+    last: Tensor = model.vit.layernorm(states)
+    return last
 
 
 class Guide(nn.Module):

@@ -69,8 +69,8 @@ class Qkv(nn.Module):
             layer.weight = nn.Parameter(weight, requires_grad=False)
             self.add_module(name, layer)
         if fused.bias is not None:
-            for layer, bias in zip(self.children(), fused.bias.detach().chunk(3), strict=True):
-                layer.bias = nn.Parameter(bias, requires_grad=False)
+            for part, bias in zip(self.children(), fused.bias.detach().chunk(3), strict=True):
+                part.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([layer(x) for layer in self.children()], -1)
@@ -160,6 +160,8 @@ def _opened(place: str, config: Any) -> tuple[Any, set[str]]:
     from transformers.utils import logging
 
     whole: Any = AutoModelForImageClassification
+    tower_of: Any = AutoModel
+    configs: Any = AutoConfig
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -167,9 +169,9 @@ def _opened(place: str, config: Any) -> tuple[Any, set[str]]:
         if not str(config.model_type).endswith("_vision_model"):
             model, found = whole.from_pretrained(place, **options)
             return model, set(found["missing_keys"])
-        tower, found = AutoModel.from_pretrained(place, **options)  # CLIP's or SigLIP's without the text
+        tower, found = tower_of.from_pretrained(place, **options)  # CLIP's or SigLIP's without the text
         kind = str(config.model_type).removesuffix("_vision_model")
-        model = whole.from_config(AutoConfig.for_model(kind, vision_config=config.to_dict()))
+        model = whole.from_config(configs.for_model(kind, vision_config=config.to_dict()))
         model.vision_model = tower
         return model, {*found["missing_keys"], "classifier.weight"}
     finally:

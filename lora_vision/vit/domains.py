@@ -78,8 +78,8 @@ class Domains:
         weights: dict[str, Any] = {n: 1.0 if alone else [float(each == n) for each in names] for n in adapted}
         with self._blend.using(weights):
             features = self.backbone.features(pixels).float()
-        rows = zip(features, names, strict=True)
-        return [torch.addmv(self._heads[name][1], self._heads[name][0], row).cpu() for row, name in rows]
+        pairs = zip(features, names, strict=True)
+        return [torch.addmv(self._heads[name][1], self._heads[name][0], row).cpu() for row, name in pairs]
 
     def answer_all(self, pictures: Iterable[Image.Image], batch_size: int = 32) -> dict[str, Tensor]:
         """Logits [N, C] of every domain for every picture, all domains in one batch."""

@@ -54,7 +54,8 @@ def mistakes_sheet(logits: Tensor, pictures: Sequence[Labelled], domain: Domain)
     if not worst:
         return None
     side = 160
-    rows, captions = [], []
+    rows: list[list[Image.Image]] = []
+    captions: list[str] = []
     for start in range(0, len(worst), ACROSS):
         chosen = worst[start : start + ACROSS]
         line = [image.resize((side, side)) for image in open_all(pictures[at] for at in chosen)]

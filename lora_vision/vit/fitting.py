@@ -96,7 +96,8 @@ class Stream:
 
     def __call__(self, position: int, count: int) -> Batch:
         """The training samples from a position on."""
-        size, rows = len(self.pictures), []
+        size = len(self.pictures)
+        rows: list[int] = []
         for place in range(position, position + count):
             epoch, at = divmod(place, size)
             rows.append(self._order(epoch)[at])

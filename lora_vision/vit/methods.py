@@ -124,7 +124,8 @@ def train_once(
 
 def assess(classifier: Classifier, pictures: Dataset) -> tuple[float, float, float]:
     """Accuracy, macro-F1 and calibration error on the test pictures, the temperature fitted on validation."""
-    logits, labels = {}, {}
+    logits: dict[str, Tensor] = {}
+    labels: dict[str, Tensor] = {}
     for split in ("val", "test"):
         logits[split] = classifier.answers(open_all(pictures.of(split)))
         labels[split] = torch.tensor([picture.label for picture in pictures.of(split)], dtype=torch.long)
@@ -199,7 +200,8 @@ def write(runs: Sequence[Run], found: Dataset, config: CompareMethodsConfig, fol
         "| method | accuracy | macro-F1 | calibration error | seconds | memory a step | trained | file | a picture |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    means, errors = [], []
+    means: list[float] = []
+    errors: list[float] = []
     for name in names:
         mine = [run for run in runs if run.method == name]
         accuracy, half = interval([run.accuracy for run in mine])

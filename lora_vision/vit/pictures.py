@@ -92,7 +92,8 @@ def read_dataset(data: str | Path, labels: Sequence[str] | None = None) -> Datas
     elif len(names) < 2:
         raise DataError(f"{data} has {len(names)} class{'es' * (not names)} ({_few(names)}); at least 2 are needed")
     number = {name: at for at, name in enumerate(names)}
-    pictures, unreadable = [], []
+    pictures: list[Labelled] = []
+    unreadable: list[str] = []
     for path, label, split in rows:
         try:
             open_picture(path)
@@ -218,7 +219,8 @@ def _table_rows(table: Path) -> Iterator[tuple[Path, str, str]]:
 
 def _without_contradictions(pictures: list[Labelled], names: Sequence[str]) -> tuple[list[Labelled], list[str]]:
     """The pictures without equal ones under several labels or splits, and what was found."""
-    labels, splits = defaultdict(set), defaultdict(set)
+    labels: dict[str, set[int]] = defaultdict(set)
+    splits: dict[str, set[str]] = defaultdict(set)
     for picture in pictures:
         labels[picture.digest].add(picture.label)
         splits[picture.digest].add(picture.split)
