@@ -77,8 +77,8 @@ def write_file(base: Base, path: str | Path, metadata: Mapping[str, str]) -> Pat
     try:
         header, pieces = container.serialise(ldm.checkpoint(base), metadata)  # the same bytes every time
         with unfinished.open("wb") as file:
-            for piece in (header, *pieces):
-                file.write(piece)
+            file.write(header)
+            file.writelines(pieces)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

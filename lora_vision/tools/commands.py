@@ -72,8 +72,8 @@ def bake(config: s.BakeConfig) -> tuple[str, Any]:
     """The checkpoint that was written."""
     from lora_vision.base import load_base
     from lora_vision.files import load_adapter
-    from lora_vision.generate import read_voices
     from lora_vision.tools import bake as b
+    from lora_vision.voices import read_voices
 
     voices = read_voices(config.adapter)
     adapters = [(load_adapter(voice.file), voice.scale) for voice in voices]
@@ -111,7 +111,8 @@ def report(config: s.ReportConfig) -> tuple[str, Any]:
     from lora_vision.tools.account import account
 
     adapter, inspection = load_adapter(config.file), inspect(config.file)
-    found, weights = None, None
+    found = None
+    weights: dict[str, Any] | None = None
     if config.base is not None:
         import torch
 

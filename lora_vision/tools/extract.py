@@ -86,7 +86,8 @@ def extract(
     if clamp is not None and not 0 < clamp <= 1:
         raise AdapterError(f"clamp {clamp}; expected a quantile above 0, at most 1")
     shared = [part for part in base if part in tuned]
-    old, new = (names.index({part: model[part] for part in shared}) for model in (base, tuned))
+    old: Mapping[str, Any] = names.index({part: base[part] for part in shared})
+    new: Mapping[str, Any] = names.index({part: tuned[part] for part in shared})
     _check(old, new)
     layers: dict[str, Factors] = {}
     errors, ranks, left_out, moved, whole = {}, {}, {}, 0.0, 0.0

@@ -167,7 +167,7 @@ def _cut(factors: Factors, found: Spectrum | None, rank: int | None, dtype: torc
     if found is None or rank is None:
         return factors
     if isinstance(inner, LowRank) and rank >= inner.rank:
-        kept = {k: t.to(dtype or t.dtype) for k, t in inner.tensors().items() if k != "bias"}
+        kept: dict[str, Any] = {k: t.to(dtype or t.dtype) for k, t in inner.tensors().items() if k != "bias"}
         cut = replace(inner, **kept)
     else:
         stored = next(iter(inner.tensors().values())).dtype
