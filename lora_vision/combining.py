@@ -83,7 +83,7 @@ def merge(settings: MergeConfig) -> Merged:
 
 def _settings(settings: MergeConfig) -> dict[str, Any]:
     """What of the settings the method looks at."""
-    read = {
+    read: dict[str, tuple[str, ...]] = {
         "svd": ("rank",),
         **dict.fromkeys(("ties", "magnitude"), ("rank", "density")),
         "dare": ("rank", "density", "seed"),
@@ -116,7 +116,8 @@ def _weights(base: str | None) -> dict[str, Tensor] | None:
     from lora_vision import names
     from lora_vision.base import load_base
 
-    return {name: layer.weight for name, layer in names.index(load_base(base).parts).items()}
+    layers: Mapping[str, Any] = names.index(load_base(base).parts)
+    return {name: layer.weight for name, layer in layers.items()}
 
 
 def _zipped(pair: list[tuple[Adapter, float]], settings: MergeConfig) -> Combined:

@@ -145,10 +145,10 @@ def _bank(
     source, unit, offset = torch.zeros(end, dtype=torch.long), torch.zeros(end), 0
     for adapter in sounding:
         inside = (adapter.layer < len(free)) & (free[adapter.layer.clamp(max=len(free) - 1)] >= 0)
-        layer = adapter.layer[inside]
-        places = free[layer] + adapter.inner[inside]
+        within = adapter.layer[inside]
+        places = free[within] + adapter.inner[inside]
         source[places], unit[places] = adapter.column[inside] + offset, adapter.unit[inside]
-        free.index_add_(0, layer, torch.ones_like(layer))
+        free.index_add_(0, within, torch.ones_like(within))
         offset += len(adapter.columns)
     for old in before:
         if (old.layers, old.starts, old.flat.shape[1]) == (layers, starts, end) and old.fresh(rows):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -158,7 +158,7 @@ def rates(parts: Mapping[str, nn.Module], config: LoraConfig) -> list[float]:
     return [
         plan.rate * (config.up_rate if field in UPS else 1.0)
         for name, plan in plans(config, layers).items()
-        for field in factors_of(layers[name]).tensors()
+        for field in factors_of(cast(LoraLayer, layers[name])).tensors()
     ]
 
 

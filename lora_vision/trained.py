@@ -177,7 +177,8 @@ class Trained(nn.Module):
 
     def change(self, keep: Tensor | None = None) -> Factors:
         """The change there is now, with those ranks only that keep [R] does not set to zero."""
-        now, start = (_kept(each, keep) for each in (self.factors, self.start))
+        now: Factors = _kept(self.factors, keep)
+        start = _kept(self.start, keep)
         if not isinstance(now, LowRank) or not isinstance(start, LowRank):
             return now
         down, up = torch.cat([now.down, start.down]), torch.cat([now.up, -start.up], 1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def ziplora(
     """
     settings = settings or Zip()
     pair = (subject, style)
-    weights = {name: layer.weight.detach() for name, layer in names.index(base.parts).items()}
+    weights = {name: cast(Tensor, layer.weight).detach() for name, layer in names.index(base.parts).items()}
     shared = [
         name
         for name in subject[0].layers
@@ -178,7 +178,7 @@ def _learned(
             answer = functional_call(unet, merged, (), scene.inputs[step]).sample
             loss = loss + F.mse_loss(answer.float(), scene.answers[step].float())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     return {name: value.detach().cpu() for name, value in columns.items()}, losses

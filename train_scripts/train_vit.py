@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -102,7 +103,7 @@ def learner(
     """The classifier with adapters and a fresh head, its loss, what learns, and how fast."""
     classifier = Classifier(backbone, len(pictures.labels), config.seed)
     if config.gradient_checkpointing and hasattr(classifier.body, "gradient_checkpointing_enable"):
-        classifier.body.gradient_checkpointing_enable({"use_reentrant": False})
+        cast(Any, classifier.body).gradient_checkpointing_enable({"use_reentrant": False})
     classifier.body.to(accelerator.device, weight_dtype(accelerator))
     classifier.head.to(accelerator.device)
     rank = config.rank if isinstance(config.rank, int) else GENEROUS

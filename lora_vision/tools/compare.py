@@ -202,7 +202,7 @@ def _meet(name: str, a: Spectrum, b: Spectrum) -> Meeting:
 def _overlap(between: Tensor, one: Tensor, other: Tensor) -> float:
     """RV coefficient of two covariances with these axes' cosines [R, S] and singular values [R], [S]."""
     shared = float((between.square() * torch.outer(one.square(), other.square())).sum())
-    return shared / (float(one.pow(4).sum()) * float(other.pow(4).sum())) ** 0.5
+    return shared / math.sqrt(float(one.pow(4).sum()) * float(other.pow(4).sum()))
 
 
 def _angle(between: Tensor) -> float:

@@ -181,7 +181,7 @@ def _opened(place: str, config: Any) -> tuple[Any, set[str]]:
 
 def _preprocessor(place: str) -> Mapping[str, Any]:
     """What `preprocessor_config.json` says, or nothing where there is none."""
-    from transformers.image_processing_utils import ImageProcessingMixin
+    from transformers.image_processing_base import ImageProcessingMixin
 
     try:
         kind: Any = ImageProcessingMixin

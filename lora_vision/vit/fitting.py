@@ -54,10 +54,11 @@ class ClassificationLoss(nn.Module):
         """The mean loss of a batch, weights included, as a scalar."""
         logits = self.classifier(batch.pixels).float()
         smooth = batch.targets * (1 - self.smoothing) + self.smoothing / logits.shape[1]
-        losses = -(smooth * logits.log_softmax(-1)).sum(-1)
+        losses: Tensor = -(smooth * logits.log_softmax(-1)).sum(-1)
         if self.weights is None:
             return losses.mean()
-        return (losses * (batch.targets @ self.weights)).mean()
+        weighted: Tensor = losses * (batch.targets @ self.weights)
+        return weighted.mean()
 
 
 class Stream:
