@@ -86,7 +86,7 @@ def spectrum(factors: Factors, base: Tensor | None = None) -> Spectrum:
 def of_matrix(change: Tensor) -> Spectrum:
     """The spectrum of a whole matrix [O, I] or kernel [O, I, K, K].
 
-    From the eigenvalues of the smaller Gram matrix in float64: small values come out closer than from an SVD in float32.
+    From the eigenvalues of the smaller Gram matrix in float64: small values come out closer than by an SVD in float32.
     Where a singular value is zero, the other side's vector is zero too.
 
     Raises:
