@@ -193,4 +193,5 @@ def test_the_command_tells_its_parent_and_the_new_rank(lora_vision: Run, tmp_pat
     assert born.parents == ({"file": "big.safetensors", "sha256": lineage.sha256_of(file)},)
     assert next(iter(found.layers.values())).tensors()["down"].dtype == torch.float16
     assert lora_vision("resize", file).code == 2
+    assert "mean rank 8.0 -> 2.0, mean error" in str(resize(big(), Size(rank=2)))
     assert "mean error" in lora_vision("resize", file, "--energy", 0.9, "--output", out).out

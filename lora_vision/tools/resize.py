@@ -117,10 +117,7 @@ class Resized:
         old, new = (sum(pair[side] for pair in self.ranks.values()) / count for side in (0, 1))
         kept = len(self.adapter.layers) - len(self.ranks)
         rest = f"; {kept} layers that are no pairs stayed as they were" if kept else ""
-        count = max(1, len(self.ranks))
-        return "\n".join(
-            [*rows, f"mean rank {old / count:.1f} -> {new / count:.1f}, mean error {self.error:.4f}{rest}"]
-        )
+        return "\n".join([*rows, f"mean rank {old:.1f} -> {new:.1f}, mean error {self.error:.4f}{rest}"])
 
 
 def resize(adapter: Adapter, size: Size) -> Resized:
