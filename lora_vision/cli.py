@@ -201,7 +201,8 @@ def _overview(words: Sequence[str]) -> int:
         family = [name for name in COMMANDS if name.split()[0] == words[0]]
         found = " ".join(words[: 2 if family else 1])
         choices = family or {name.split()[0] for name in COMMANDS}
-        sys.stderr.write(f"{PROGRAM}: there is no command {found!r}: {near(found, choices)}\n")
+        hint = f"choose from {', '.join(family)}" if family and len(words) == 1 else near(found, choices)
+        sys.stderr.write(f"{PROGRAM}: there is no command {found!r}: {hint}\n")
         return 2
     lines = [f"  {name:12} {(command.config.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     text = "\n".join([f"usage: {PROGRAM} COMMAND ...", "", *lines, "", f"{PROGRAM} COMMAND --help tells more."])

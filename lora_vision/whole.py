@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+
+from lora_vision.errors import DataError
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -27,3 +30,24 @@ def sweep(folder: Path, pattern: str = ".*.new") -> None:
     """Remove what writers that were killed left in a folder."""
     for left in folder.glob(pattern):
         left.unlink(missing_ok=True)
+
+
+def check_writable(output: Path, folder: Path) -> None:
+    """Make the folders, remove what killed runs of this output left, and prove that files can be written there.
+
+    Raises:
+        DataError: Where they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / "samples"):
+            sweep(place)
+        for place, name in ((folder, "*.safetensors"), (output.parent, output.name)):
+            sweep(place, f".{name}.*")  # adapters on their way
+        for place in (folder, output.parent):
+            with tempfile.TemporaryFile(dir=place):
+                pass
+    except OSError as error:
+        raise DataError(
+            f"{output} cannot be written ({error.strerror}: {error.filename}); choose another place"
+        ) from error

@@ -70,7 +70,7 @@ def test_overview_lists_every_command(lora_vision: Run) -> None:
     [
         ("generat x", "there is no command 'generat': did you mean generate?"),
         ("trian style", "there is no command 'trian': did you mean train?"),
-        ("train", "there is no command 'train': did you mean train style?"),
+        ("train", "there is no command 'train': choose from train style, train vit"),
         ("train stile", "there is no command 'train stile': did you mean train style?"),
         (
             "--halp",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lora_vision.base import RECIPES
 from lora_vision.config import GenerateConfig
 from lora_vision.errors import AdapterError, BaseModelError, DataError, LoraVisionError
 from lora_vision.generate import generate, read_recipe
@@ -87,14 +88,15 @@ def test_metadata_tells_everything(draw: Draw, sd1_folder: Path, sd1_adapters: t
     ink, _ = sd1_adapters
     (picture,) = draw("a fox", seed=4, adapter=(f"{ink}:0.5",), negative="blur")
     recipe = read_recipe(picture)
-    settled = {"steps": 2, "guidance": 3.0, "size": "32x32", "precision": "fp32", "seed": 4, "negative": "blur"}
-    assert settled.items() <= recipe["config"].items()
+    guidance = RECIPES["tiny"].guidance
+    settled = {"steps": 2, "guidance": guidance, "size": "32x32", "precision": "fp32", "seed": 4, "negative": "blur"}
+    assert {name: recipe["config"][name] for name in settled} == settled
     assert recipe["adapters"][0]["scale"] == 0.5
     assert len(recipe["adapters"][0]["sha256"]) == len(recipe["base"]["fingerprint"]) == 64
     assert {"lora_vision", "torch", "diffusers", "transformers"} == set(recipe["versions"])
     lines = Image.open(picture).info["parameters"].splitlines()
     assert lines[:2] == ["a fox <lora:ink:0.5>", "Negative prompt: blur"]
-    assert lines[2].startswith("Steps: 2, Sampler: DDIM, CFG scale: 3.0, Seed: 4, Size: 32x32, Model hash: ")
+    assert lines[2].startswith(f"Steps: 2, Sampler: DDIM, CFG scale: {guidance}, Seed: 4, Size: 32x32, Model hash: ")
 
 
 def test_adapters_sound_at_their_scales_and_zero_is_the_base(draw: Draw, sd1_adapters: tuple[Path, Path]) -> None:

@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -48,7 +47,7 @@ from lora_vision.tools.card import licence_of, write_card
 from lora_vision.tools.resize import Size, resize
 from lora_vision.trained import limit_norms, silenced
 from lora_vision.training import Fitted, History, Job, fit, make_accelerator, precision_of, weight_dtype
-from lora_vision.whole import sweep, write_whole
+from lora_vision.whole import check_writable, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -134,27 +133,6 @@ def tell(config: StyleConfig, base: Base, pictures: PictureSet) -> None:
         logger.info("%s", fact)
     for doubt in report.doubts:
         logger.warning("%s", doubt)
-
-
-def check_writable(output: Path, folder: Path) -> None:
-    """Make the folders and prove that files can be written there.
-
-    Raises:
-        DataError: Where they cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for place in (folder, folder / "samples"):
-            sweep(place)
-        for place, name in ((folder, "*.safetensors"), (output.parent, output.name)):
-            sweep(place, f".{name}.*")  # adapters on their way
-        for place in (folder, output.parent):
-            with tempfile.TemporaryFile(dir=place):
-                pass
-    except OSError as error:
-        raise DataError(
-            f"{output} cannot be written ({error.strerror}: {error.filename}); choose another place"
-        ) from error
 
 
 def encoded(

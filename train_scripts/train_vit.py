@@ -27,7 +27,6 @@ from torch import nn
 import lora_vision
 from lora_vision.charts import loss_curve
 from lora_vision.config import LoraConfig
-from lora_vision.errors import DataError
 from lora_vision.inject import collect
 from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, weight_dtype
 from lora_vision.vit.augment import level
@@ -39,6 +38,7 @@ from lora_vision.vit.metrics import fit_temperature, measure
 from lora_vision.vit.pictures import Dataset, open_all, read_dataset, split_dataset
 from lora_vision.vit.ranks import GENEROUS, cut
 from lora_vision.vit.settings import VitConfig
+from lora_vision.whole import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -80,21 +80,6 @@ def run(config: VitConfig) -> Path:
         finish(config, classifier.cpu().float(), pictures, fitted, output, folder)
     accelerator.wait_for_everyone()
     return output
-
-
-def check_writable(output: Path, folder: Path) -> None:
-    """Make the folders and prove that files can be written there.
-
-    Raises:
-        DataError: Where they cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for place in (folder, output.parent):
-            (place / ".writable").touch()
-            (place / ".writable").unlink()
-    except OSError as error:
-        raise DataError(f"{output} cannot be written ({error.strerror}); choose another place") from error
 
 
 def learner(
