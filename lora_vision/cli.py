@@ -19,10 +19,6 @@ import lora_vision
 from lora_vision import config
 from lora_vision.arguments import near, parse
 from lora_vision.errors import LoraVisionError
-from lora_vision.tools import commands as tools
-from lora_vision.tools import settings as wanted
-from lora_vision.vit import commands as vit
-from lora_vision.vit import settings as sight
 
 PROGRAM = "lora-vision"
 PACKAGE = Path(__file__).parent
@@ -45,6 +41,28 @@ class Command:
     run: Callable[[Any], tuple[str, Any]]
     positional: tuple[str, ...] = ()
 
+    def loaded(self) -> Command:
+        """This command, its settings at hand."""
+        return self
+
+
+@dataclass(frozen=True)
+class Later:
+    """A command of a package of its own, imported when it is called or listed: --help of another need not wait."""
+
+    package: str
+    config: str
+    run: str | Callable[[Any], tuple[str, Any]]
+    positional: tuple[str, ...] = ()
+
+    def loaded(self) -> Command:
+        """This command, its settings at hand."""
+        settings = importlib.import_module(f"lora_vision.{self.package}.settings")
+        run = self.run
+        if isinstance(run, str):
+            run = getattr(importlib.import_module(f"lora_vision.{self.package}.commands"), run)
+        return Command(getattr(settings, self.config), run, self.positional)
+
 
 def train_style(settings: config.StyleConfig) -> tuple[str, Any]:
     """The adapter file that was trained, and how the training went."""
@@ -54,7 +72,7 @@ def train_style(settings: config.StyleConfig) -> tuple[str, Any]:
     return str(output), {"file": output, "folder": folder, **history}
 
 
-def train_vit(settings: sight.VitConfig) -> tuple[str, Any]:
+def train_vit(settings: Any) -> tuple[str, Any]:
     """The adapter and head that were trained, and how the training went."""
     output = script("train_vit").run(settings)
     folder = output.with_name(f"{output.stem}-training")
@@ -116,26 +134,26 @@ def where(settings: config.WhereConfig) -> tuple[str, Any]:
     return path, {"name": settings.name, "path": path}
 
 
-COMMANDS: Mapping[str, Command] = {
+COMMANDS: Mapping[str, Command | Later] = {
     "train style": Command(config.StyleConfig, train_style),
-    "train vit": Command(sight.VitConfig, train_vit),
-    "classify": Command(sight.ClassifyConfig, vit.classify, ("pictures",)),
-    "evaluate": Command(sight.EvaluateConfig, vit.evaluate),
-    "export": Command(sight.ExportConfig, vit.export),
-    "compare-methods": Command(sight.CompareMethodsConfig, vit.compare_methods),
+    "train vit": Later("vit", "VitConfig", train_vit),
+    "classify": Later("vit", "ClassifyConfig", "classify", ("pictures",)),
+    "evaluate": Later("vit", "EvaluateConfig", "evaluate"),
+    "export": Later("vit", "ExportConfig", "export"),
+    "compare-methods": Later("vit", "CompareMethodsConfig", "compare_methods"),
     "generate": Command(config.GenerateConfig, generate, ("prompts",)),
     "inspect": Command(config.InspectConfig, inspect, ("file",)),
     "convert": Command(config.ConvertConfig, convert, ("input", "output")),
-    "extract": Command(wanted.ExtractConfig, tools.extract, ("tuned", "base")),
-    "resize": Command(wanted.ResizeConfig, tools.resize, ("file",)),
-    "bake": Command(wanted.BakeConfig, tools.bake),
+    "extract": Later("tools", "ExtractConfig", "extract", ("tuned", "base")),
+    "resize": Later("tools", "ResizeConfig", "resize", ("file",)),
+    "bake": Later("tools", "BakeConfig", "bake"),
     "merge": Command(config.MergeConfig, merge, ("adapters",)),
-    "compare": Command(wanted.CompareConfig, tools.compare, ("a", "b")),
-    "report": Command(wanted.ReportConfig, tools.report, ("file",)),
-    "verify": Command(wanted.VerifyConfig, tools.verify, ("file",)),
-    "history": Command(wanted.HistoryConfig, tools.history, ("folder",)),
-    "card": Command(wanted.CardConfig, tools.card, ("file",)),
-    "push": Command(wanted.PushConfig, tools.push, ("file", "repo")),
+    "compare": Later("tools", "CompareConfig", "compare", ("a", "b")),
+    "report": Later("tools", "ReportConfig", "report", ("file",)),
+    "verify": Later("tools", "VerifyConfig", "verify", ("file",)),
+    "history": Later("tools", "HistoryConfig", "history", ("folder",)),
+    "card": Later("tools", "CardConfig", "card", ("file",)),
+    "push": Later("tools", "PushConfig", "push", ("file", "repo")),
     "where": Command(config.WhereConfig, where, ("name",)),
 }
 
@@ -162,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger(lora_vision.__name__).setLevel(logging.INFO)
-    command = COMMANDS[name]
+    command = COMMANDS[name].loaded()
     settings, switches = parse(
         command.config,
         words[len(name.split()) :],
@@ -204,7 +222,9 @@ def _overview(words: Sequence[str]) -> int:
         hint = f"choose from {', '.join(family)}" if family and len(words) == 1 else near(found, choices)
         sys.stderr.write(f"{PROGRAM}: there is no command {found!r}: {hint}\n")
         return 2
-    lines = [f"  {name:12} {(command.config.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [
+        f"  {name:12} {(command.loaded().config.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()
+    ]
     text = "\n".join([f"usage: {PROGRAM} COMMAND ...", "", *lines, "", f"{PROGRAM} COMMAND --help tells more."])
     (sys.stdout if words else sys.stderr).write(text + "\n")
     return 0 if words else 2

@@ -58,7 +58,7 @@ def test_overview_lists_every_command(lora_vision: Run) -> None:
     outcome = lora_vision("--help")
     assert outcome.code == 0
     for name, command in cli.COMMANDS.items():
-        assert f"  {name:12} {(command.config.__doc__ or '').splitlines()[0]}" in outcome.out
+        assert f"  {name:12} {(command.loaded().config.__doc__ or '').splitlines()[0]}" in outcome.out
     assert lora_vision("--version") == Outcome(0, f"{__version__}\n", "")
     nothing = lora_vision()
     assert (nothing.code, nothing.out) == (2, "")
