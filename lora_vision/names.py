@@ -142,7 +142,7 @@ def family(layers: Mapping[str, tuple[int, ...] | None]) -> str | None:
 
 # ---------------------------------------------------------------------------------------------- sgm / LDM spelling
 
-_SGM_TOP = {
+SGM_TOP = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -151,7 +151,7 @@ _SGM_TOP = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-_SGM_RESNET = {
+SGM_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -159,8 +159,8 @@ _SGM_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_DIFFUSERS_TOP = {sgm: ours for ours, sgm in _SGM_TOP.items()}
-_DIFFUSERS_RESNET = {sgm: ours for ours, sgm in _SGM_RESNET.items()}
+_DIFFUSERS_TOP = {sgm: ours for ours, sgm in SGM_TOP.items()}
+_DIFFUSERS_RESNET = {sgm: ours for ours, sgm in SGM_RESNET.items()}
 _SGM_BLOCK = re.compile(r"^(input_blocks|output_blocks)\.(\d+)\.(\d)\.(.+)$")
 _SGM_MIDDLE = re.compile(r"^middle_block\.([012])\.(.+)$")
 _BLOCK = re.compile(r"^(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.+)$")
@@ -197,13 +197,13 @@ def from_sgm(path: str) -> str | None:
 
 def to_sgm(path: str) -> str | None:
     """Returns the sgm spelling of an SDXL UNet path (upsamplers follow an attention there), or None if it has none."""
-    if path in _SGM_TOP:
-        return _SGM_TOP[path]
+    if path in SGM_TOP:
+        return SGM_TOP[path]
     if match := _MIDDLE.match(path):
         kind, number, inner = match[1], int(match[2]), match[3]
         if kind == "attentions":
             return f"middle_block.1.{inner}" if number == 0 else None
-        return f"middle_block.{2 * number}.{_SGM_RESNET[inner]}" if inner in _SGM_RESNET else None
+        return f"middle_block.{2 * number}.{SGM_RESNET[inner]}" if inner in SGM_RESNET else None
     match = _BLOCK.match(path)
     if not match:
         return None
@@ -217,7 +217,7 @@ def to_sgm(path: str) -> str | None:
     stem = f"input_blocks.{3 * block + layer + 1}" if side == "down" else f"output_blocks.{3 * block + layer}"
     if kind == "attentions":
         return f"{stem}.1.{inner}"
-    return f"{stem}.0.{_SGM_RESNET[inner]}" if inner in _SGM_RESNET else None
+    return f"{stem}.0.{SGM_RESNET[inner]}" if inner in SGM_RESNET else None
 
 
 # ---------------------------------------------------------------------------------------------- kohya's flat names
@@ -243,11 +243,11 @@ _PREFIXES = {  # the first that fits decides
 
 def _unet_paths() -> Iterator[str]:
     """Yields every layer path that any Stable Diffusion 1.x, 2.x or XL UNet has, and smaller ones of their kind."""
-    yield from _SGM_TOP
+    yield from SGM_TOP
     stems = [f"{side}_blocks.{block}" for side in ("down", "up") for block in range(4)]
     for stem in [*stems, "mid_block"]:
         for layer in range(2 if stem == "mid_block" else 3):
-            yield from (f"{stem}.resnets.{layer}.{inner}" for inner in _SGM_RESNET)
+            yield from (f"{stem}.resnets.{layer}.{inner}" for inner in SGM_RESNET)
             attention = f"{stem}.attentions.{layer}"
             yield from (f"{attention}.{inner}" for inner in ("norm", "proj_in", "proj_out"))
             for block in range(10):

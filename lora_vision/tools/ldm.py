@@ -16,25 +16,10 @@ from torch import Tensor, nn
 from lora_vision import names
 from lora_vision.base import Base
 
-_UNET_TOP = {
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
+_UNET_MIDDLE = {
     "mid_block.resnets.0": "middle_block.0",
     "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
-}
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
 }
 _VAE = (  # applied in this order
     (r"mid_block\.resnets\.0\.", "mid.block_1."),
@@ -83,7 +68,7 @@ def checkpoint(base: Base) -> dict[str, Tensor]:
 
 def unet_stems(unet: Any) -> Iterator[tuple[str, str]]:
     """Each block of a UNet with its original name: ``down_blocks.1.attentions.0`` and ``input_blocks.4.1``."""
-    yield from _UNET_TOP.items()
+    yield from (names.SGM_TOP | _UNET_MIDDLE).items()
     number = 1
     for at, block in enumerate(unet.down_blocks):
         for layer in range(len(block.resnets)):
@@ -120,7 +105,7 @@ def _renamed(key: str, stems: Mapping[str, str]) -> str:
         if stem in stems:
             rest = parts[length:]
             if ".resnets." in stem:
-                rest[0] = _RESNET[rest[0]]
+                rest[0] = names.SGM_RESNET[rest[0]]
             return ".".join([stems[stem], *rest])
     raise KeyError(f"{key} has no place in an original Stable Diffusion checkpoint")
 
