@@ -88,10 +88,14 @@ class Fitted:
     Attributes:
         history: Losses of the whole run.
         best: The parameters' values at history.best_step; None where nothing was validated.
+        resumed: The steps done each time the run went on from its checkpoint.
+        extends: The steps of the finished run that this one made longer, if it did.
     """
 
     history: History
     best: list[Tensor] | None
+    resumed: tuple[int, ...] = ()
+    extends: int | None = None
 
 
 def make_accelerator(config: FitConfig, *, unused_parameters: bool = False) -> Accelerator:
@@ -182,6 +186,8 @@ class Run:
         self.history = History()
         self.best: list[Tensor] | None = None
         self.done = 0
+        self.resumed: tuple[int, ...] = ()
+        self.extends: int | None = None
         self.failures = 0
         fused = accelerator.device.type in ("cpu", "cuda")
         groups = _by_rate(job.parameters, job.rates)
@@ -214,7 +220,7 @@ class Run:
                         "stopped at step %d: no better held-out loss since %s", self.done, self.history.best_step
                     )
                     break
-        return Fitted(self.history, self.best)
+        return Fitted(self.history, self.best, self.resumed, self.extends)
 
     def _due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and after the last, happens now; 0 is never."""
@@ -295,6 +301,9 @@ class Run:
         state = {
             "identity": dict(self.job.identity),
             "done": self.done,
+            "steps": self.steps,
+            "resumed": list(self.resumed),
+            "extends": self.extends,
             "history": asdict(self.history),
             "parameters": [parameter.detach() for parameter in self.job.parameters],
             "best": self.best,
@@ -327,3 +336,5 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.history = History(**state["history"])
         self.done = state["done"]
+        self.resumed = (*state.get("resumed", ()), self.done)
+        self.extends = self.done if state.get("steps") == self.done < self.steps else state.get("extends")

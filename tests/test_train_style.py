@@ -23,6 +23,7 @@ import lora_vision as lv
 from lora_vision.batches import StyleBatches
 from lora_vision.config import StyleConfig
 from lora_vision.errors import BaseModelError, DataError
+from lora_vision.tools.history import differences, history, settings_of, table
 from lora_vision.training import TrainingError
 from train_scripts import train_style
 from train_scripts.train_style import run
@@ -105,6 +106,23 @@ def test_the_same_seed_gives_the_same_file(config: StyleConfig) -> None:
     first = run(config).read_bytes()
     assert run(elsewhere(config, "again", sample_every=2, checkpoint_every=0)).read_bytes() == first
     assert run(elsewhere(config, "other", seed=1)).read_bytes() != first
+
+
+def test_a_longer_run_names_the_adapter_it_went_on_from(config: StyleConfig) -> None:
+    output = run(config)
+    kept = output.with_name("first.safetensors")
+    kept.write_bytes(output.read_bytes())
+    run(replace(config, resume=True))
+    assert output.read_bytes() == kept.read_bytes(), "nothing was trained: the same file"
+    run(replace(config, resume=True, steps=9))
+    entries = {entry.file: entry for entry in history(output.parent)}
+    first, longer = entries["first.safetensors"], entries["ink.safetensors"]
+    assert first.parents == () and longer.parents == ("first.safetensors",)
+    assert (first.steps, longer.steps, longer.how, longer.resumed[-1]) == (6, 9, "train", 6)
+    assert first.data == longer.data is not None
+    assert "resumed from first.safetensors, resumed at step" in table([longer])
+    changed = differences(settings_of(kept), settings_of(output))
+    assert changed == {"steps": (6, 9), "train resumed at step": (None, 6)}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -105,6 +105,7 @@ def test_a_resumed_run_is_the_unbroken_run(tmp_path: Path, stop: int) -> None:
     weight, again = train(resumed, replace(CONFIG, resume=True))
     assert torch.equal(weight, whole)
     assert again.history == fitted.history
+    assert len(again.resumed) == 1 and 0 < again.resumed[0] <= stop and again.extends is None
     assert all(torch.equal(one, other) for one, other in zip(again.best, fitted.best, strict=True))
     kept = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "broken")]
     first, second = (state["optimizer"]["state"][0] for state in kept)
@@ -117,6 +118,9 @@ def test_a_finished_run_resumes_to_itself_and_can_be_made_longer(tmp_path: Path)
     assert torch.equal(weight, whole) and again.history == fitted.history
     longer, more = train(job(tmp_path), replace(CONFIG, resume=True, steps=20))
     assert len(more.history.losses) == 20 and not torch.equal(longer, whole)
+    steps = len(fitted.history.losses)
+    assert (fitted.resumed, again.resumed, again.extends) == ((), (steps,), None)
+    assert (more.resumed[-1], more.extends) == (steps, steps)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

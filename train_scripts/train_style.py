@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import lora_vision
-from lora_vision import names
+from lora_vision import lineage, names
 from lora_vision.adapter import Adapter
 from lora_vision.base import Base, load_base
 from lora_vision.batches import StyleBatch, StyleBatches
@@ -37,8 +37,8 @@ from lora_vision.charts import loss_curve
 from lora_vision.config import ChangeConfig, LoraConfig, StyleConfig
 from lora_vision.data import PictureSet, read_pictures
 from lora_vision.encoding import Encoding, encode, step_of
-from lora_vision.errors import DataError
-from lora_vision.files import save_adapter
+from lora_vision.errors import AdapterError, DataError
+from lora_vision.files import header, save_adapter
 from lora_vision.inject import attach, collect, detach, inject, rates
 from lora_vision.losses import DiffusionLoss, NoiseSchedule
 from lora_vision.samples import SampleSheet, png
@@ -46,7 +46,7 @@ from lora_vision.survey import survey
 from lora_vision.tools.card import licence_of, write_card
 from lora_vision.tools.resize import Size, resize
 from lora_vision.trained import limit_norms, silenced
-from lora_vision.training import Fitted, History, Job, fit, make_accelerator, precision_of, weight_dtype
+from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, weight_dtype
 from lora_vision.whole import check_writable, write_whole
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,8 @@ def run(config: StyleConfig) -> Path:
         if config.rank == "auto":
             with accelerator.autocast():
                 found = slimmed(found, adapted, job)
-        save(config, found, fitted.history, metadata(config, base, pictures), output, folder)
+        made = metadata(config, base, pictures) | parent(fitted, output, folder)
+        save(config, found, fitted, made, output, folder)
     accelerator.wait_for_everyone()
     return output
 
@@ -319,22 +320,43 @@ def slimmed(
     return {name: (resize(adapter, Size(energy=energy)).adapter, step) for name, (adapter, step) in found.items()}
 
 
+def parent(fitted: Fitted, output: Path, folder: Path) -> dict[str, str]:
+    """The header string that names the finished adapter this run went on from; nothing where there was none.
+
+    A run that broke off and was resumed has none: its file is that of an unbroken run.
+    """
+    before = folder / "last.safetensors"
+    if fitted.extends is None or not before.is_file():
+        return {}
+    try:
+        if header(before)[1].get("lora_vision.step") != str(fitted.extends):
+            return {}
+    except AdapterError:
+        return {}
+    told = lineage.parent_of(before, step=fitted.extends)
+    same = output.is_file() and lineage.sha256_of(output) == told["sha256"]
+    told["file"] = output.name if same else f"{folder.name}/{before.name}"
+    return lineage.record({}, "train", [told], {"resumed at step": fitted.extends})
+
+
 def save(
     config: StyleConfig,
     found: dict[str, tuple[Adapter, int]],
-    history: History,
+    fitted: Fitted,
     made: dict[str, str],
     output: Path,
     folder: Path,
 ) -> None:
-    """Write the adapters, the loss curve, its numbers and a model card."""
-    places = {folder / f"{name}.safetensors": each for name, each in found.items()}
-    for path, (adapter, step) in (places | {output: found.get(config.keep, found["last"])}).items():
+    """Write the adapters, the loss curve, its numbers and a model card; last what parent() looks for."""
+    history = fitted.history
+    places = {output: found.get(config.keep, found["last"])}
+    places |= {folder / f"{name}.safetensors": found[name] for name in ("best", "last") if name in found}
+    for path, (adapter, step) in places.items():
         extra = {"lora_vision.step": str(step), "ss_steps": str(step)}
         save_adapter(replace(adapter, metadata=made | extra), path, format=config.format)
     write_whole(folder / "loss.png", png(loss_curve(history.losses, history.validation)))
     losses = [loss if math.isfinite(loss) else None for loss in history.losses]  # JSON knows no NaN
-    numbers = asdict(history) | {"losses": losses, "best_step": history.best_step}
+    numbers = asdict(history) | {"losses": losses, "best_step": history.best_step, "resumed": list(fitted.resumed)}
     write_whole(folder / "history.json", (json.dumps(numbers) + "\n").encode())
     write_card(output, licence_of(config.data))
     logger.info("wrote %s; loss curve and samples are in %s", output, folder)

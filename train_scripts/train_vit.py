@@ -178,6 +178,7 @@ def finish(
     loss_curve(history.losses, history.validation).save(folder / "loss.png")
     losses = [loss if math.isfinite(loss) else None for loss in history.losses]  # JSON knows no NaN
     numbers = asdict(history) | {"losses": losses, "best_step": history.best_step, "ranks": ranks}
+    numbers["resumed"] = list(fitted.resumed)
     numbers |= {"problems": pictures.problems, "domain": json.loads(domain.to_json())}
     (folder / "history.json").write_text(json.dumps(numbers) + "\n")
     logger.info("wrote %s; loss curve and answers are in %s", output, folder)

@@ -31,7 +31,9 @@ class Entry:
         steps: Training steps behind it.
         base: The base it was made for.
         data: Fingerprint of the pictures it was trained on.
-        parents: The files it was made of: as they are called here, else as they were called then.
+        parents: The files it was made of, or whose training it went on with: as they are called here, else as they
+            were called then.
+        resumed: The steps done each time its training went on from a checkpoint.
         scores: What its training folder tells: losses, best step.
         settings: With which settings it was made.
     """
@@ -46,6 +48,7 @@ class Entry:
     base: str | None
     data: str | None
     parents: tuple[str, ...]
+    resumed: tuple[int, ...]
     scores: Mapping[str, float]
     settings: Mapping[str, Any]
 
@@ -83,7 +86,8 @@ def table(entries: list[Entry]) -> str:
     for entry in entries:
         facts = [
             f"{entry.steps} steps" if entry.steps is not None else "",
-            f"of {' + '.join(entry.parents)}" if entry.parents else "",
+            f"{'resumed from' if entry.how == 'train' else 'of'} {' + '.join(entry.parents)}" if entry.parents else "",
+            f"resumed at step {', '.join(map(str, entry.resumed))}" if entry.resumed else "",
             f"on {entry.base}" if entry.base else "",
             f"pictures {entry.data[:12]}" if entry.data else "",
             *(f"{name} {value:.4g}" for name, value in entry.scores.items()),
@@ -109,7 +113,7 @@ def _entry(folder: Path, file: Path) -> tuple[Entry, tuple[Mapping[str, Any], ..
     told = lineage.read(metadata)
     how = told.how if told else "train" if "lora_vision.config" in metadata else "unknown"
     steps = metadata.get("lora_vision.step") or metadata.get("ss_steps")
-    status = file.stat()
+    status, run = file.stat(), _run(file) if how == "train" else {}
     entry = Entry(
         file=str(file.relative_to(folder)),
         sha256=lineage.sha256_of(file),
@@ -121,7 +125,8 @@ def _entry(folder: Path, file: Path) -> tuple[Entry, tuple[Mapping[str, Any], ..
         base=metadata.get("lora_vision.base") or metadata.get("ss_sd_model_name"),
         data=metadata.get("lora_vision.data_fingerprint"),
         parents=(),
-        scores=_scores(file) if how == "train" else {},
+        resumed=_resumed(run),
+        scores=_scores(run),
         settings=_settings(metadata),
     )
     return entry, told.parents if told else ()
@@ -150,13 +155,28 @@ def _settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     return found | ({f"{told.how} {key}": value for key, value in told.settings.items()} if told else {})
 
 
-def _scores(file: Path) -> dict[str, float]:
-    """What the training folder beside a file tells of its run."""
+def _run(file: Path) -> Mapping[str, Any]:
+    """What the training folder beside a file, or around it, keeps of its run."""
+    for folder in (file.with_name(f"{file.stem}-training"), file.parent):
+        try:
+            told = json.loads((folder / "history.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return told if isinstance(told, dict) else {}
+    return {}
+
+
+def _resumed(run: Mapping[str, Any]) -> tuple[int, ...]:
+    steps = run.get("resumed")
+    return tuple(step for step in steps if isinstance(step, int)) if isinstance(steps, list) else ()
+
+
+def _scores(run: Mapping[str, Any]) -> dict[str, float]:
+    """How well a run went."""
     try:
-        told = json.loads((file.with_name(f"{file.stem}-training") / "history.json").read_text())
-        losses = [float(loss) for loss in told["losses"] if loss is not None][-20:]
-        held_out = {int(step): float(loss) for step, loss in told["validation"].items() if loss is not None}
-    except (OSError, KeyError, ValueError, TypeError, AttributeError):
+        losses = [float(loss) for loss in run["losses"] if loss is not None][-20:]
+        held_out = {int(step): float(loss) for step, loss in run["validation"].items() if loss is not None}
+    except (KeyError, ValueError, TypeError, AttributeError):
         return {}
     scores = {"loss": sum(losses) / len(losses)} if losses else {}
     if held_out:
