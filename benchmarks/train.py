@@ -1,14 +1,14 @@
-"""What a training step costs on Stable Diffusion 1.5: ours, PEFT's and LyCORIS' modules, taking turns step by step.
+"""What a training step costs on Stable Diffusion 1.5: our modules, kohya's, PEFT's and LyCORIS', taking turns.
 
-    python benchmarks/train.py [--batch 1 4] [--steps 3] [--contenders ours peft lycoris] [--output times.json]
+    python benchmarks/train.py [--batch 1 4] [--steps 3] [--contenders ours kohya peft lycoris] [--output times.json]
     python benchmarks/train.py --contenders ours ours:dora ours:loha ours:lokr ours:pissa ours:checkpointing --batch 1
 
 Each contender is a process of its own, so that its peak memory (VmHWM) is its own; all map the same random weights of
 the SD 1.5 UNet (860 million, fp32) from one file, and take one step each in turn, in an order that turns too. A step
 is forward, backward, clipping and fused AdamW at 32 x 32 latents, 77 tokens, rank 16 on every attention projection.
 Seconds are the process's own CPU time on one thread, the least and the median of the timed steps. "full" tunes every
-weight, "forward" is the bare UNet without gradients. kohya's modules come with its repository only and are left out;
-LyCORIS' follow them closely.
+weight, "forward" is the bare UNet without gradients, ":half" keeps the frozen base in bf16 (for its memory: a CPU may
+compute slowly in it). kohya's modules come with its repository only; what they compute is written anew here.
 """
 
 from __future__ import annotations
@@ -28,20 +28,13 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 RANK = 16
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 TINY = {"sample_size": 16, "cross_attention_dim": 32, "attention_head_dim": 4, "block_out_channels": (32, 32, 64, 64)}
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
-PRESET = {
-    "enable_conv": False,
-    "unet_target_module": ["Attention"],
-    "unet_target_name": [],
-    "text_encoder_target_module": [],
-    "text_encoder_target_name": [],
-}
-WITH = {"dropout": {"rank_dropout": 0.1}, "checkpointing": {}}
+WITH = {"dropout": {"rank_dropout": 0.1}, "checkpointing": {}, "half": {}}
 
 
 def write_weights(path: Path, config: dict[str, Any]) -> None:
@@ -64,6 +57,20 @@ def loaded(path: Path, config: dict[str, Any]) -> UNet2DConditionModel:
     return unet.eval().requires_grad_(False)
 
 
+class Kohya(nn.Module):
+    """A pair beside a linear layer whose forward it takes over, as sd-scripts' networks/lora.py does (LoRAModule)."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.lora_down = nn.Linear(layer.in_features, RANK, bias=False)
+        self.lora_up = nn.Linear(RANK, layer.out_features, bias=False)
+        nn.init.zeros_(self.lora_up.weight)
+        self.original, self.multiplier, self.scale = layer.forward, 1.0, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.original(x) + self.lora_up(self.lora_down(x)) * self.multiplier * self.scale
+
+
 def trainable(kind: str, unet: UNet2DConditionModel) -> list[nn.Parameter]:
     """What this contender trains, put into the UNet."""
     family, _, variant = kind.partition(":")
@@ -84,20 +91,29 @@ def trainable(kind: str, unet: UNet2DConditionModel) -> list[nn.Parameter]:
         kinds = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}
         other = kinds[variant](r=RANK, alpha=RANK, target_modules=PROJECTIONS) if variant in kinds else plain
         peft.inject_adapter_in_model(other, unet)
+    elif family == "kohya":
+        layers = [each for name, each in unet.named_modules() if name.endswith(tuple(PROJECTIONS))]
+        pairs = nn.ModuleList(Kohya(layer) for layer in layers)
+        for layer, pair in zip(layers, pairs, strict=True):
+            layer.forward = pair.forward
+        return list(pairs.parameters())
     elif family == "lycoris":
-        from lycoris.kohya import LycorisNetworkKohya, create_network
+        from lycoris import LycorisNetwork
 
-        algorithm = {"dora": {"algo": "lora", "dora_wd": True}}.get(variant, {"algo": variant or "lora"})
-        LycorisNetworkKohya.apply_preset(PRESET)
-        network = create_network(1.0, RANK, RANK, None, nn.Module(), unet, **algorithm)
-        network.apply_to(None, unet, False, True)
-        unet.network = network  # hold it
+        LycorisNetwork.apply_preset({"target_module": ["Attention"], "enable_conv": False})
+        name, dora = ("lora", True) if variant == "dora" else (variant or "lora", False)
+        size = {"lora_dim": RANK, "conv_lora_dim": RANK, "alpha": RANK, "conv_alpha": RANK}
+        network = LycorisNetwork(unet, 1.0, **size, network_module=name, weight_decompose=dora)
+        network.apply_to()
+        return [parameter for parameter in network.parameters() if parameter.requires_grad]
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
 def prepared(kind: str, path: Path, config: dict[str, Any], batch: int) -> Callable[[], None]:
     """A function that takes one step of this contender."""
     unet = loaded(path, config)
+    if kind.endswith(":half"):
+        unet.to(torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     side, width = config["sample_size"] // 2, config["cross_attention_dim"]
     x, noise = torch.randn(2, batch, 4, side, side, generator=generator)
@@ -185,7 +201,7 @@ def answer(process: subprocess.Popen[str]) -> str:
 def main() -> None:
     """Race them at each batch size, then print a table with ratios to ours."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contenders", nargs="+", default=["ours", "peft", "lycoris"])
+    parser.add_argument("--contenders", nargs="+", default=["ours", "kohya", "peft", "lycoris"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
