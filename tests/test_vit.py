@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lora_vision.vit.backbone import Qkv, join_qkv, load_backbone, split_qkv
 from lora_vision.vit.classifier import CARD, Classifier, batches, load_classifier, open_domain
 from lora_vision.vit.domains import Domains
 from lora_vision.vit.export import export_folder
+from lora_vision.vit.fitting import Batch, ClassificationLoss, Stream, learners
 from lora_vision.vit.pictures import read_dataset, split_dataset
 from lora_vision.vit.preprocessing import Preprocessing
 from lora_vision.vit.settings import VitConfig
@@ -147,6 +149,7 @@ def test_folders_become_one_file_with_adapter_head_labels_and_preprocessing(trai
         numbers = json.loads((folder / split / "metrics.json").read_text())
         assert numbers["accuracy"] > 0.8 and {"macro_f1", "auroc", "ece", "classes"} <= numbers.keys()
         assert {"confusion.png", "reliability.png", "predictions.csv"} <= {p.name for p in (folder / split).iterdir()}
+    assert "pipeline_tag: image-classification" in (folder / "README.md").read_text()
     rows = (folder / "test" / "predictions.csv").read_text().splitlines()
     assert len(rows) == 13 and rows[0].startswith("file_name,label,answer,probability,p(low)")
 
@@ -176,6 +179,24 @@ def test_the_same_run_gives_the_same_file_and_resumes_to_it(settings: VitConfig,
     assert again.read_bytes() != trained.read_bytes()  # the rate falls to zero twice: another run
     whole = run(replace(settings, output=str(tmp_path / "whole.safetensors")))
     assert whole.read_bytes() == trained.read_bytes()
+
+
+def test_a_run_that_broke_off_is_resumed_bit_for_bit(
+    settings: VitConfig, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = replace(settings, output=str(tmp_path / "bars.safetensors"))
+    calls, forward = count(1), ClassificationLoss.forward
+
+    def failing(self: ClassificationLoss, batch: Batch) -> torch.Tensor:
+        if next(calls) > 50:
+            raise KeyboardInterrupt
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ClassificationLoss, "forward", failing)
+        run(mine)
+    assert not Path(mine.output).exists()
+    assert run(replace(mine, resume=True)).read_bytes() == trained.read_bytes()
 
 
 def test_merged_export_is_the_live_model_and_plain_transformers_opens_it(
@@ -287,6 +308,18 @@ def test_fused_slices_are_three_linears_and_k_stays_bit_equal() -> None:
     assert torch.equal(model.blocks[0].attn.qkv.weight, whole.weight)
 
 
+def test_a_fused_projection_used_without_its_layer_is_refused_whole() -> None:
+    """timm's BEiT and EVA call F.linear with qkv.weight and a bias joined of q_bias, 0 and v_bias."""
+    model = nn.ModuleDict({"plain": nn.Module(), "beit": nn.Module()})
+    for name in model:
+        model[name].attn = nn.Module()
+        model[name].attn.qkv = nn.Linear(4, 12, bias=False)
+    model["beit"].attn.q_bias = nn.Parameter(torch.zeros(4))
+    with pytest.raises(BaseModelError, match=r"beit\.attn\.qkv is used without its layer"):
+        split_qkv(model)
+    assert all(isinstance(model[name].attn.qkv, nn.Linear) for name in model)
+
+
 def test_timm_transformers_are_adapted_by_slice() -> None:
     pytest.importorskip("torchvision", reason="timm needs it")
     timm = pytest.importorskip("timm")
@@ -350,8 +383,6 @@ def test_peft_learns_the_same(model: Path, data: Path) -> None:
     """The same transformer, first values, pictures, order and steps: the same answers, and so the same accuracy."""
     import peft
 
-    from lora_vision.vit.fitting import ClassificationLoss, Stream, learners
-
     found = split_dataset(read_dataset(data), 0.0)
     ours, theirs = (Classifier(load_backbone(model), 3) for _ in range(2))
     parameters, _ = learners(ours, "lora", lv.LoraConfig(rank=4, alpha=8))
@@ -389,7 +420,8 @@ def test_two_processes_are_one_with_the_doubled_batch(settings: VitConfig, tmp_p
     short = replace(settings, steps=4, patience=0, keep="last", augment="strong", batch_size=8)
     one = launched(replace(short, output=str(tmp_path / "one.safetensors")))
     halves = replace(short, output=str(tmp_path / "two.safetensors"), batch_size=4)
-    two = launched(halves, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    two = launched(halves, "-m", "accelerate.commands.launch", *options.split())
     for name in one.layers:
         if name != "vit.classifier":
             assert torch.allclose(one.layers[name].delta(), two.layers[name].delta(), rtol=1e-2, atol=1e-4)

@@ -28,6 +28,7 @@ import lora_vision
 from lora_vision.charts import loss_curve
 from lora_vision.config import LoraConfig
 from lora_vision.inject import collect
+from lora_vision.tools.card import licence_of, write_card
 from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, weight_dtype
 from lora_vision.vit.augment import level
 from lora_vision.vit.backbone import Backbone, load_backbone
@@ -157,7 +158,7 @@ def keep_best(config: VitConfig, parameters: Sequence[nn.Parameter], fitted: Fit
 def finish(
     config: VitConfig, classifier: Classifier, pictures: Dataset, fitted: Fitted, output: Path, folder: Path
 ) -> None:
-    """Write the adapter with its head, its loss curve, its numbers, and what it answers on pictures it never learnt."""
+    """Write the adapter with its head, its loss curve, numbers, model card, and its answers on pictures held out."""
     history = fitted.history
     adapter, held_out = collect(classifier.backbone.parts), pictures.of("val")
     domain = domain_of(config, classifier.backbone, pictures)
@@ -181,6 +182,7 @@ def finish(
     numbers["resumed"] = list(fitted.resumed)
     numbers |= {"problems": pictures.problems, "domain": json.loads(domain.to_json())}
     (folder / "history.json").write_text(json.dumps(numbers) + "\n")
+    write_card(output, licence_of(config.data))
     logger.info("wrote %s; loss curve and answers are in %s", output, folder)
 
 
