@@ -50,7 +50,7 @@ def ours(base: Base, pictures: EncodedPictures, config: StyleConfig) -> Callable
     parameters = inject({"unet": base.unet}, lora_config(config))
     schedule = NoiseSchedule(base.scheduler)
     batches = StyleBatches(pictures, len(schedule), config.seed, accelerator.device)
-    loss = DiffusionLoss(base.unet, schedule, gamma=config.snr_gamma)
+    loss = DiffusionLoss(base.unet, schedule, objective=config)
     return Run(Job(loss=loss, parameters=parameters, batch=batches), config, accelerator).step
 
 

@@ -38,6 +38,7 @@ class StyleBatch:
         mask: How much each latent counts [B, 1, h, w], 0 to 1; None where all do.
         weight: How much each row counts [B]; None where all count alike.
         prior: What the captions are without the trigger, for which the base's own answers shall stay; None: nothing.
+        perturbed: The noise that is mixed in, where it is not the noise asked for.
     """
 
     latents: Tensor
@@ -48,6 +49,7 @@ class StyleBatch:
     mask: Tensor | None = None
     weight: Tensor | None = None
     prior: TextStates | tuple[str, ...] | None = None
+    perturbed: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -76,13 +78,26 @@ class StyleBatches:
         seed: int,
         device: torch.device | str = "cpu",
         wording: Wording | None = None,
+        noise_offset: float = 0.0,
+        input_perturbation: float = 0.0,
     ) -> None:
-        """The stream over these groups of pictures for a schedule of so many timesteps."""
+        """The stream over these groups of pictures.
+
+        Args:
+            pictures: Groups of one size each.
+            timesteps: Of the noise schedule.
+            seed: Of everything random.
+            device: Of the batches.
+            wording: How captions vary in training.
+            noise_offset: Times a number for each channel is added to the noise in training (Guttenberg 2023).
+            input_perturbation: Times more noise is mixed in and not asked for (Ning et al. 2023, arXiv 2301.11706).
+        """
         self.groups = [pictures] if isinstance(pictures, EncodedPictures) else list(pictures)
         self.timesteps = timesteps
         self.seed = seed
         self.device = device
         self.wording = wording
+        self.noise_offset, self.input_perturbation = noise_offset, input_perturbation
         self._start = torch.rand((), generator=generator(seed, "timesteps"), dtype=torch.float64).item()
         self._order = lru_cache(maxsize=4 * len(self.groups))(self._shuffled)
         self._turns: list[tuple[int, int]] = []
@@ -95,7 +110,7 @@ class StyleBatches:
         size = len(self.groups[group])
         index = [self._order(group, place // size)[place % size] for place in range(first, first + count)]
         levels = [int((self._start + place * GOLDEN) % 1.0 * self.timesteps) for place in places]
-        return self._batch(group, index, levels, [("sample", place) for place in places], self.wording)
+        return self._batch(group, index, levels, [("sample", place) for place in places], training=True)
 
     def fixed(self, batch_size: int, levels: int = 4, most: int = 32) -> list[StyleBatch]:
         """Batches for validation: each picture (of the first `most`) at so many noise levels, always the same."""
@@ -129,18 +144,29 @@ class StyleBatches:
         index: list[int],
         levels: list[int],
         keys: Sequence[tuple[str, int]],
-        wording: Wording | None = None,
+        *,
+        training: bool = False,
     ) -> StyleBatch:
         """The batch of these pictures of a group at these timesteps; a row's draws come from the seed and its key."""
         pictures = self.groups[group]
         shape = (2, *pictures.mean.shape[1:])
-        draws = torch.stack([torch.randn(shape, generator=generator(self.seed, *key)) for key in keys])
+        generators = [generator(self.seed, *key) for key in keys]
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.stack([torch.randn(shape, generator=each) for each in generators])
+
+        latent_draws, noise = drawn(*shape).unbind(1)
+        perturbed: Tensor | None = None
+        if training and self.noise_offset:
+            noise = noise + self.noise_offset * drawn(shape[1], 1, 1)
+        if training and self.input_perturbation:
+            perturbed = (noise + self.input_perturbation * drawn(*shape[1:])).to(self.device)
         rows = torch.tensor(index)
-        latents = torch.addcmul(pictures.mean[rows], pictures.std[rows], draws[:, 0])
+        latents = torch.addcmul(pictures.mean[rows], pictures.std[rows], latent_draws)
         captions = [pictures.captions[i] for i in index]
-        if wording is not None:
+        if training and self.wording is not None:
             told = zip(captions, keys, strict=True)
-            captions = [wording(caption, generator(self.seed, "words", *key)) for caption, key in told]
+            captions = [self.wording(caption, generator(self.seed, "words", *key)) for caption, key in told]
         plain: TextStates | tuple[str, ...] | None = None
         if pictures.plain is not None:
             words, states = pictures.plain
@@ -151,13 +177,14 @@ class StyleBatches:
 
         return StyleBatch(
             latents=latents.to(self.device),
-            noise=draws[:, 1].to(self.device),
+            noise=noise.to(self.device),
             timesteps=torch.tensor(levels, device=self.device),
             text=tuple(captions) if pictures.text is None else pictures.text.rows(rows).to(self.device),
             time_ids=there(pictures.time_ids),
             mask=there(pictures.mask),
             weight=there(pictures.weight),
             prior=plain,
+            perturbed=perturbed,
         )
 
     def _shuffled(self, group: int, epoch: int) -> list[int]:

@@ -137,7 +137,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyleConfig(ChangeConfig, FitConfig, DataConfig):
+class ObjectiveConfig:
+    """What counts as an error: how noise levels and large errors weigh, what is done to the noise."""
+
+    weighting: Literal["min-snr", "debiased", "none"] = "min-snr"
+    """Weight of the noise levels: min-snr; debiased (1 / sqrt(SNR), stressing noisy ones); none: all alike."""
+    snr_gamma: float = 5.0
+    """For min-snr: no noise level counts for more than this signal-to-noise ratio."""
+    huber: Literal["snr", "exponential", "constant"] | None = None
+    """Pseudo-Huber instead of squared error, for flawed pictures: beyond a threshold errors count linearly. It falls to
+    huber-c with the signal-to-noise ratio or exponentially in the timestep, or is constant."""
+    huber_c: float = 0.1
+    """For huber: the threshold at full noise."""
+    noise_offset: float = 0.0
+    """Noise that is the same all over the picture, for darker and brighter ones (0.05 to 0.1 is usual)."""
+    input_perturbation: float = 0.0
+    """Noise in the input that is not asked for, against the errors that pile up in sampling (0.1 is usual)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
     """Train a style adapter on a folder of pictures."""
 
     output: str
@@ -154,8 +173,6 @@ class StyleConfig(ChangeConfig, FitConfig, DataConfig):
     """Adapt the text encoder(s) too."""
     max_norm: float = 0.0
     """Largest norm of a layer's change, as kohya's scale_weight_norms; 0 leaves them alone."""
-    snr_gamma: float = 5.0
-    """Min-SNR weighting: no noise level counts for more than this signal-to-noise ratio; 0 turns it off."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts of the sample pictures (default: captions of held-out pictures)."""
     format: Literal["kohya", "diffusers", "peft"] = "kohya"
@@ -163,7 +180,7 @@ class StyleConfig(ChangeConfig, FitConfig, DataConfig):
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("steps", "batch_size", "accumulate", "rank"), 1) | {"resolution": 8}
-        least |= dict.fromkeys(("holdout", "snr_gamma", "warmup", "weight_decay", "clip"), 0)
+        least |= dict.fromkeys(("holdout", "noise_offset", "input_perturbation", "warmup", "weight_decay", "clip"), 0)
         least |= dict.fromkeys(("validate_every", "sample_every", "checkpoint_every", "keep_tags", "max_norm"), 0)
         shares = ("holdout", "warmup", "drop_tags", "drop_captions", "rank_dropout", "module_dropout")
         least |= dict.fromkeys((*shares, "prior_weight"), 0)
@@ -171,7 +188,7 @@ class StyleConfig(ChangeConfig, FitConfig, DataConfig):
             value = getattr(self, name)
             if value is not None and value != "auto" and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: at least {lowest} is needed")
-        for name in ("learning_rate", "alpha", "up_rate"):
+        for name in ("learning_rate", "alpha", "up_rate", "snr_gamma", "huber_c"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")

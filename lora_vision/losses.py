@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_vision.base import TextStates
 from lora_vision.batches import StyleBatch
+from lora_vision.config import ObjectiveConfig
 from lora_vision.errors import BaseModelError
 
 
@@ -47,27 +48,48 @@ class NoiseSchedule(nn.Module):
             return noise
         return _rows(self.signal, timesteps) * noise - _rows(self.noise, timesteps) * latents
 
-    def weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Min-SNR weights [B] in (0, 1] (Hang et al. 2023, arXiv 2303.09556, sec. 3.4).
+    def weights(self, timesteps: Tensor, how: ObjectiveConfig) -> Tensor:
+        """What the squared errors at these timesteps [B] count: [B], above 0.
 
-        epsilon: min(SNR, gamma) / SNR. Velocity: the same with SNR + 1 in place of SNR, as diffusers does. The paper's
-        min(SNR, gamma) / (SNR + 1) is 0 at a zero terminal SNR: the step where sampling starts would never be trained.
+        min-snr (Hang et al. 2023, arXiv 2303.09556, sec. 3.4), in (0, 1]: min(SNR, gamma) / SNR for epsilon; for the
+        velocity the same with SNR + 1 in place of SNR, as diffusers does. The paper's min(SNR, gamma) / (SNR + 1) is 0
+        at a zero terminal SNR: the step where sampling starts would never be trained.
+
+        debiased: 1 / sqrt(SNR) for epsilon (Yu et al. 2023, arXiv 2310.08442), 1 / (SNR + 1) for the velocity, as kohya
+        has it; SNR within 0.001 and 1000.
         """
         snr = (self.signal[timesteps].double() / self.noise[timesteps].double()) ** 2
-        if self.prediction == "v_prediction":
-            snr = snr + 1
-        return (gamma / snr).clamp(max=1).float()
+        velocity = self.prediction == "v_prediction"
+        if how.weighting == "debiased":
+            snr = snr.clamp(1e-3, 1e3)
+            return (1 / (snr + 1) if velocity else snr.rsqrt()).float()
+        if how.weighting == "none":
+            return torch.ones_like(snr, dtype=torch.float32)
+        return (how.snr_gamma / (snr + 1 if velocity else snr)).clamp(max=1).float()
+
+    def thresholds(self, timesteps: Tensor, how: ObjectiveConfig) -> Tensor:
+        """Beyond which error the pseudo-Huber loss is linear at these timesteps [B]: [B].
+
+        Khrapov et al. 2024 (arXiv 2403.16728, sec. 4) with c = how.huber_c at full noise: exponential c^(t / T); snr
+        c + (1 - c) / (1 + noise / signal)^2, kohya's schedule of that name.
+        """
+        c = how.huber_c
+        if how.huber == "exponential":
+            return torch.as_tensor(c, device=timesteps.device) ** (timesteps / len(self))
+        if how.huber == "snr":
+            return c + (1 - c) / (1 + self.noise[timesteps] / self.signal[timesteps]) ** 2
+        return torch.full_like(self.noise[timesteps], c)
 
 
 class DiffusionLoss(nn.Module):
-    """Weighted squared error of the UNet's prediction."""
+    """Weighted error of the UNet's prediction."""
 
     def __init__(
         self,
         unet: nn.Module,
         schedule: NoiseSchedule,
         *,
-        gamma: float = 5.0,
+        objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008  (frozen)
         encode_text: Callable[[tuple[str, ...]], TextStates] | None = None,
         encoders: nn.Module | None = None,
         prior_weight: float = 1.0,
@@ -78,7 +100,7 @@ class DiffusionLoss(nn.Module):
         Args:
             unet: Takes noisy latents, timesteps and text states.
             schedule: The base's noise schedule.
-            gamma: Of min-SNR weighting; 0 weighs all timesteps alike.
+            objective: How errors weigh.
             encode_text: Makes text states of captions; needed where batches hold captions.
             encoders: The trained text encoders, held here so that a wrapper of this loss sees their weights.
             prior_weight: What keeping the base's answers counts, in batches that ask for it.
@@ -87,7 +109,7 @@ class DiffusionLoss(nn.Module):
         super().__init__()
         self.unet = unet
         self.schedule = schedule
-        self.gamma = gamma
+        self.objective = objective
         self.encoders = encoders
         self.prior_weight = prior_weight
         self._encode_text = encode_text
@@ -95,7 +117,8 @@ class DiffusionLoss(nn.Module):
 
     def forward(self, batch: StyleBatch) -> Tensor:
         """The mean over the batch, a float32 scalar; what shall stay counts in training only."""
-        noisy = self.schedule.mix(batch.latents, batch.noise, batch.timesteps)
+        mixed = batch.noise if batch.perturbed is None else batch.perturbed
+        noisy = self.schedule.mix(batch.latents, mixed, batch.timesteps)
         target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
         errors = self._errors(self._answer(noisy, batch, batch.text), target, batch)
         if batch.weight is not None:
@@ -118,14 +141,22 @@ class DiffusionLoss(nn.Module):
         return cast(Tensor, answer)
 
     def _errors(self, answer: Tensor, target: Tensor, batch: StyleBatch) -> Tensor:
-        """The weighted squared error of each row [B], over what its mask lets count."""
-        squares = (answer.float() - target.float()).square()
+        """The weighted error of each row [B], over what its mask lets count.
+
+        Squared, or pseudo-Huber as kohya scales it: 2c (sqrt(error^2 + c^2) - c), the square where c is large.
+        """
+        errors = answer.float() - target.float()
+        if self.objective.huber is None:
+            errors = errors.square()
+        else:
+            c = self.schedule.thresholds(batch.timesteps, self.objective).view(-1, 1, 1, 1)
+            errors = 2 * c * ((errors.square() + c.square()).sqrt() - c)
         if batch.mask is None:
-            errors = squares.flatten(1).mean(1)
+            errors = errors.flatten(1).mean(1)
         else:
             counted = batch.mask.flatten(1).mean(1).clamp(min=1e-6)
-            errors = (squares * batch.mask).flatten(1).mean(1) / counted
-        return errors * self.schedule.weights(batch.timesteps, self.gamma) if self.gamma else errors
+            errors = (errors * batch.mask).flatten(1).mean(1) / counted
+        return errors * self.schedule.weights(batch.timesteps, self.objective)
 
 
 def _rows(values: Tensor, timesteps: Tensor) -> Tensor:

@@ -42,6 +42,23 @@ def test_batches_are_the_same_however_the_stream_is_cut() -> None:
     assert [int(row) for row in whole.text.states[:, 0, 0]] == shown(whole)
 
 
+def test_noise_offset_and_input_perturbation_are_in_training_only() -> None:
+    """Noise offset: one more number for each channel. Input perturbation: more noise, in the input only."""
+    plain, offset, shaken = (
+        StyleBatches(cached(), 1000, seed=0, **options)
+        for options in ({}, {"noise_offset": 0.5}, {"noise_offset": 0.5, "input_perturbation": 0.2})
+    )
+    before, after, more = (batches(0, 400) for batches in (plain, offset, shaken))
+    added = after.noise - before.noise
+    assert torch.allclose(added, added.mean((2, 3), keepdim=True), atol=1e-5)
+    assert 0.4 < added[:, :, 0, 0].std() < 0.6 and not torch.allclose(added[:, 0], added[:, 1])
+    assert before.perturbed is None and torch.equal(more.noise, after.noise) and more.perturbed is not None
+    assert 0.19 < (more.perturbed - more.noise).std() < 0.21
+    assert torch.equal(more.latents, before.latents) and torch.equal(more.timesteps, before.timesteps)
+    for one, other in zip(plain.fixed(3), shaken.fixed(3), strict=True):
+        assert torch.equal(one.noise, other.noise) and other.perturbed is None
+
+
 def test_two_processes_share_an_odd_number_of_pictures() -> None:
     """Process p of two takes every second batch: together each picture once in a pass, none twice, no one waits."""
     batches = StyleBatches(cached(7), 1000, seed=0)

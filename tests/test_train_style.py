@@ -131,6 +131,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pissa": {"variant": "pissa", "module_dropout": 0.2, "up_rate": 4.0},
     "loha": {"variant": "loha", "layers": ("unet.mid_block.*:rank=1,rate=0.5",), "targets": "attention+conv"},
     "lokr": {"variant": "lokr", "rank_dropout": 0.3, "targets": "attention+conv"},
+    "objective": {"weighting": "debiased", "huber": "snr", "noise_offset": 0.1, "input_perturbation": 0.1},
     "data": {"flip": True, "shuffle_tags": True, "drop_captions": 0.3, "prior": "base", "trigger": "ink"},
 }
 

@@ -153,7 +153,8 @@ def encoded(
         quiet=not accelerator.is_main_process,
     )
     stream = partial(StyleBatches, timesteps=len(schedule), seed=config.seed, device=accelerator.device)
-    samples = stream(encode(base, pictures.train, how), wording=wording)
+    shaken = {"noise_offset": config.noise_offset, "input_perturbation": config.input_perturbation}
+    samples = stream(encode(base, pictures.train, how), wording=wording, **shaken)
     held_out = stream(encode(base, pictures.held_out, how)).fixed(config.batch_size) if pictures.held_out else []
     return samples, held_out
 
@@ -181,7 +182,7 @@ def diffusion_loss(
     return DiffusionLoss(
         base.unet,
         schedule,
-        gamma=config.snr_gamma,
+        objective=config,
         encode_text=base.encode_text,
         encoders=encoders,
         prior_weight=config.prior_weight,
@@ -253,7 +254,7 @@ def metadata(config: StyleConfig, base: Base, pictures: PictureSet) -> dict[str,
         "ss_batch_size_per_device": str(config.batch_size),
         "ss_gradient_accumulation_steps": str(config.accumulate),
         "ss_mixed_precision": config.precision.replace("fp32", "no"),
-        "ss_min_snr_gamma": f"{config.snr_gamma:g}",
+        **objective(config),
         "ss_num_train_images": str(len(pictures.train)),
         "ss_resolution": f"({config.resolution}, {config.resolution})",
         "ss_seed": str(config.seed),
@@ -272,6 +273,19 @@ def networks(variant: str) -> dict[str, str]:
     if variant not in algorithm:
         return {"ss_network_module": "networks.lora"}
     return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(algorithm[variant])}
+
+
+def objective(config: StyleConfig) -> dict[str, str]:
+    """How kohya's tools are told what counted as an error."""
+    told = {
+        "ss_min_snr_gamma": f"{config.snr_gamma:g}" if config.weighting == "min-snr" else "None",
+        "ss_debiased_estimation": str(config.weighting == "debiased"),
+        "ss_noise_offset": f"{config.noise_offset:g}" if config.noise_offset else "None",
+        "ss_ip_noise_gamma": f"{config.input_perturbation:g}" if config.input_perturbation else "None",
+    }
+    if config.huber is None:
+        return told | {"ss_loss_type": "l2"}
+    return told | {"ss_loss_type": "huber", "ss_huber_schedule": config.huber, "ss_huber_c": f"{config.huber_c:g}"}
 
 
 def results(
