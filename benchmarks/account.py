@@ -4,9 +4,14 @@
 
 DIR is the folder of ``train_tiny_base.py`` (the judges). For each style adapter: the blocks that the report says carry
 the look, and the judges' share of pictures in that style with the whole adapter, without those blocks, with those
-alone, and, for comparison, without each other set of as many blocks (the mean and the lowest). For each pair: what
-``compare`` foretells, and the measured loss of style accuracy when both sound at full weight, with the rank correlation
-over pairs. A subject adapter has no style: it counts as the partner only. Prints one JSON object.
+alone, and, for comparison, without each other set of as many blocks (the mean and the lowest).
+
+For each pair, both at full weight: what ``compare`` foretells (``fight`` from the weights, ``moved`` with the base), and
+what the judge measures of each style in it: the loss of style accuracy, and of style evidence. Evidence is the log-odds
+the judge gives the style, the mean over pictures; its loss is the share of what the adapter alone added to the base's
+that is gone with both. Accuracy can tell only that one of two styles won. Then the rank correlations over pairs (means
+over the styles of a pair), and of ``moved`` over styles and partners. A subject adapter has no style: it counts as the
+partner only. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from typing import Any
 
 import torch
 from base_quality import draw_prompts, sheet
-from judges import Judges, judges
+from judges import KIN, STYLES, Judges, judges
 from style_quality import HELD_OUT
 from torch import Tensor
 
@@ -33,9 +38,13 @@ from lora_vision.report import inspect
 from lora_vision.tiny.subjects import caption
 from lora_vision.tools import page, places
 from lora_vision.tools.account import account
+from lora_vision.tools.clash import moved
 from lora_vision.tools.commands import prompts_of
 from lora_vision.tools.compare import compare
 from lora_vision.tools.trials import Trials, patterns, trials
+
+
+MEASURED = ("moved", "accuracy", "evidence")
 
 
 class Studio:
@@ -43,6 +52,7 @@ class Studio:
 
     def __init__(self, base: str, work: Path, files: dict[str, str], count: int, seed: int, steps: int) -> None:
         self.adapters = {name: lv.load_adapter(file) for name, file in files.items()}
+        self.base = base
         self.pipe = load_base(base).pipeline()
         self.judge: Judges = judges(work, self.pipe.vae)
         self.nouns = [HELD_OUT[i * len(HELD_OUT) // count] for i in range(count)]
@@ -61,9 +71,17 @@ class Studio:
         self.rows[label] = draw_prompts(self.pipe, prompts, self.seed, self.steps)
         return self.rows[label]
 
+    @torch.no_grad()
     def called(self, label: str, scales: dict[str, Any], style: str) -> float:
         """The share of pictures that the judge calls this style."""
         return self.judge.scores(self.draw(label, scales), style, self.nouns)["style"]
+
+    @torch.no_grad()
+    def evidence(self, label: str, scales: dict[str, Any], style: str) -> float:
+        """The log-odds that the judge gives this style, the mean over pictures."""
+        logits = self.judge.style(self.draw(label, scales))
+        mine = KIN == KIN[STYLES.index(style)]
+        return float((logits[:, mine].logsumexp(1) - logits[:, ~mine].logsumexp(1)).mean())
 
     def less(self, name: str, blocks: tuple[str, ...]) -> dict[str, Any]:
         """Scales: the adapter without these blocks."""
@@ -107,25 +125,51 @@ def carriers(studio: Studio, style: str, found: Trials, most: int) -> dict[str, 
     }
 
 
-def pairs(studio: Studio, styles: list[str], alone: dict[str, float]) -> dict[str, dict[str, float]]:
-    """For each pair with a style in it: the fight foretold, and the style accuracy lost."""
-    found: dict[str, dict[str, float]] = {}
+def pairs(studio: Studio, styles: list[str]) -> dict[str, dict[str, Any]]:
+    """For each pair with a style in it: what is foretold, and what each style in it loses."""
+    found: dict[str, dict[str, Any]] = {}
     for one, other in itertools.combinations(studio.adapters, 2):
         judged = [name for name in (one, other) if name in styles]
         if not judged:
             continue
-        told = compare(studio.adapters[one], studio.adapters[other])
-        pixels = studio.draw(f"{one} + {other}", {one: 1.0, other: 1.0})
-        kept = {name: studio.judge.scores(pixels, name, studio.nouns)["style"] for name in judged}
-        loss = sum(alone[name] - kept[name] for name in judged) / len(judged)
-        found[f"{one} + {other}"] = {
+        pair = {name: studio.adapters[name] for name in (one, other)}
+        told = compare(*pair.values())
+        prompts = {name: prompts_of(adapter.metadata) for name, adapter in pair.items()}
+        felt = dict(zip(pair, moved(load_base(studio.base), pair, prompts), strict=True))
+        both = (f"{one} + {other}", {one: 1.0, other: 1.0})
+        lost = {}
+        for name in judged:
+            alone, base = (f"{name} whole", {name: 1.0}), ("base", {})
+            accuracy = studio.called(*alone, name) - studio.called(*both, name)
+            full, kept, none = (studio.evidence(*each, name) for each in (alone, both, base))
+            lost[name] = {"moved": felt[name], "accuracy": accuracy, "evidence": (full - kept) / (full - none)}
+        found[both[0]] = {
             "fight": told.fight,
             "cosine": told.cosine,
-            "balance": min(told.balance),
-            "loss of style accuracy": loss,
-            **{f"still called {name}": share for name, share in kept.items()},
+            **{kind: sum(each[kind] for each in lost.values()) / len(lost) for kind in MEASURED},
+            "styles": lost,
         }
+        print(json.dumps({both[0]: found[both[0]]}), file=sys.stderr, flush=True)
     return found
+
+
+def foretold(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The rank correlation of each prediction with each measured loss."""
+    every = list(found.values())
+    each = [style for pair in every for style in pair["styles"].values()]
+    told = {
+        f"{kind} and loss of {loss}, over {len(every)} pairs": ([p[kind] for p in every], [p[loss] for p in every])
+        for kind in ("fight", "moved")
+        for loss in ("accuracy", "evidence")
+    }
+    told |= {
+        f"moved and loss of {loss}, over {len(each)} styles with a partner": (
+            [style["moved"] for style in each],
+            [style[loss] for style in each],
+        )
+        for loss in ("accuracy", "evidence")
+    }
+    return {name: rank_correlation(*columns) for name, columns in told.items()}
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:
@@ -146,6 +190,7 @@ def main() -> None:
     parser.add_argument("adapters", nargs="+", metavar="STYLE=FILE")
     parser.add_argument("--subject", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--in-pairs", action="append", default=[], metavar="STYLE=FILE", help="a style for pairs only")
+    parser.add_argument("--only-pairs", action="store_true", help="leave the blocks out")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--base", default="tiny")
     parser.add_argument("--nouns", type=int, default=24)
@@ -165,16 +210,12 @@ def main() -> None:
     files = styles | others | subjects
     studio = Studio(options.base, options.work, files, options.nouns, options.seed, options.steps)
     report: dict[str, Any] = {"blocks": places.blocks(n for a in studio.adapters.values() for n in a.layers)}
-    alone = {style: studio.called(f"{style} whole", {style: 1.0}, style) for style in styles | others}
-    report["pairs"] = pairs(studio, list(alone), alone)
-    print(json.dumps(report["pairs"]), file=sys.stderr, flush=True)
-    for style in styles:
+    report["pairs"] = pairs(studio, [*styles, *others])
+    report["rank correlations"] = foretold(report["pairs"])
+    for style in () if options.only_pairs else styles:
         found = told_by_report(styles[style], options.base, options.picture and options.picture.parent)
         report[style] = carriers(studio, style, found, options.rivals)
         print(json.dumps({style: report[style]}), file=sys.stderr, flush=True)
-    told = [pair["fight"] for pair in report["pairs"].values()]
-    lost = [pair["loss of style accuracy"] for pair in report["pairs"].values()]
-    report["rank correlation of fight and loss"] = rank_correlation(told, lost)
     if options.picture:
         shown = torch.cat([row[:: max(1, len(row) // 12)][:12] for row in studio.rows.values()])
         sheet(shown, 12).save(options.picture)

@@ -198,9 +198,13 @@ def _group(name: str) -> str:
 
 
 def _trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """Returns the stated trigger phrase, else the ten commonest tags of the training captions."""
-    if phrase := metadata.get("modelspec.trigger_phrase") or metadata.get("lora_vision.trigger"):
-        return [phrase]
+    """Returns the stated trigger phrase, else the ten commonest tags of the training captions.
+
+    What lora_vision trained states it, be it that there is none.
+    """
+    phrase = metadata.get("modelspec.trigger_phrase") or metadata.get("lora_vision.trigger")
+    if phrase or "lora_vision.trigger" in metadata:
+        return [phrase] if phrase else []
     counts: Counter[str] = Counter()
     try:
         for tags in json.loads(metadata.get("ss_tag_frequency", "{}")).values():

@@ -32,6 +32,20 @@ def sweep(folder: Path, pattern: str = ".*.new") -> None:
         left.unlink(missing_ok=True)
 
 
+def check_place(output: Path, *, folder: bool = False) -> None:
+    """See, before long work, whether a file (or folder) of this name could be written; nothing is made.
+
+    Raises:
+        DataError: Something of another kind is in the way, or the folder it would stand in forbids it.
+    """
+    there = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
+    kind = there.is_dir() if there != output.absolute() else there.is_dir() == folder
+    if not kind:
+        raise DataError(f"{output} cannot be written: {there} is a {'folder' if there.is_dir() else 'file'} already")
+    if not os.access(there, os.W_OK):
+        raise DataError(f"{output} cannot be written: {there} may not be changed; choose another place")
+
+
 def check_writable(output: Path, folder: Path) -> None:
     """Make the folders, remove what killed runs of this output left, and prove that files can be written there.
 

@@ -9,11 +9,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_vision import lineage
 from lora_vision.errors import LoraVisionError
 from lora_vision.tools import settings as s
+from lora_vision.whole import check_place
+
+if TYPE_CHECKING:
+    from lora_vision.base import Base
 
 
 def _dtype(name: str | None) -> Any:
@@ -22,14 +26,20 @@ def _dtype(name: str | None) -> Any:
     return None if name is None else {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def _weights(base: str | None, config: str | None = None) -> dict[str, Any] | None:
-    """True layer name to untouched weight, or None without a base."""
-    if base is None:
-        return None
+def _weights(base: Base) -> dict[str, Any]:
+    """True layer name to untouched weight."""
     from lora_vision import names
-    from lora_vision.base import load_base
 
-    return {name: layer.weight for name, layer in names.index(load_base(base, config=config).parts).items()}
+    return {name: layer.weight for name, layer in names.index(base.parts).items()}
+
+
+def _to_gpu(base: Base) -> Base:
+    """The base, on the GPU if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        base.to("cuda", torch.float16).vae.float()  # SDXL's overflows in fp16
+    return base
 
 
 def extract(config: s.ExtractConfig) -> tuple[str, Any]:
@@ -38,6 +48,7 @@ def extract(config: s.ExtractConfig) -> tuple[str, Any]:
     from lora_vision.files import save_adapter
     from lora_vision.tools.extract import extract
 
+    check_place(Path(config.output))
     tuned, base = (load_base(name, config=config.base_config) for name in (config.tuned, config.base))
     rank = config.rank if config.rank == "auto" else int(config.rank)
     options: dict[str, Any] = {"clamp": config.clamp, "vectors": config.vectors, "dtype": _dtype(config.precision)}
@@ -75,6 +86,7 @@ def bake(config: s.BakeConfig) -> tuple[str, Any]:
     from lora_vision.tools import bake as b
     from lora_vision.voices import read_voices
 
+    check_place(Path(config.output), folder=not config.output.endswith(".safetensors"))
     voices = read_voices(config.adapter)
     adapters = [(load_adapter(voice.file), voice.scale) for voice in voices]
     base = load_base(config.base, config=config.base_config)
@@ -90,10 +102,21 @@ def bake(config: s.BakeConfig) -> tuple[str, Any]:
 
 def compare(config: s.CompareConfig) -> tuple[str, Any]:
     """How two adapters agree, and how much they will fight."""
+    from lora_vision.base import load_base
     from lora_vision.files import load_adapter
+    from lora_vision.tools.clash import moved
     from lora_vision.tools.compare import compare
 
-    found = compare(load_adapter(config.a), load_adapter(config.b), _weights(config.base))
+    if config.picture is not None:
+        check_place(Path(config.picture))
+    pair = {"a": load_adapter(config.a), "b": load_adapter(config.b)}
+    if config.base is None:
+        found = compare(pair["a"], pair["b"])
+    else:
+        base = load_base(config.base, config=config.base_config)
+        found = compare(pair["a"], pair["b"], _weights(base))
+        first, second = moved(_to_gpu(base), pair, {name: prompts_of(one.metadata) for name, one in pair.items()})
+        found = replace(found, moved=(first, second))
     data = {"a": config.a, "b": config.b, **found.to_dict()}
     if config.picture is None or not found.layers:
         return str(found), data
@@ -103,7 +126,6 @@ def compare(config: s.CompareConfig) -> tuple[str, Any]:
 
 def report(config: s.ReportConfig) -> tuple[str, Any]:
     """The page that was written."""
-    from lora_vision import names
     from lora_vision.base import load_base
     from lora_vision.files import load_adapter
     from lora_vision.report import inspect
@@ -111,20 +133,16 @@ def report(config: s.ReportConfig) -> tuple[str, Any]:
     from lora_vision.tools.account import account
 
     adapter, inspection = load_adapter(config.file), inspect(config.file)
-    found = None
-    weights: dict[str, Any] | None = None
+    folder = Path(config.output or f"{Path(config.file).stem}-report")
+    check_place(folder, folder=True)
+    found, base = None, None
     if config.base is not None:
-        import torch
-
+        base = load_base(config.base, config=config.base_config)
+    counted = account(adapter, None if base is None else _weights(base))
+    if base is not None:
         from lora_vision.tools.trials import trials
 
-        base = load_base(config.base, config=config.base_config)
-        weights = {name: layer.weight for name, layer in names.index(base.parts).items()}
-        if torch.cuda.is_available():
-            base.to("cuda", torch.float16).vae.float()  # SDXL's overflows in fp16
-        found = trials(base, adapter, config.prompts or prompts_of(adapter.metadata), config.seed)
-    counted = account(adapter, weights)
-    folder = config.output or f"{Path(config.file).stem}-report"
+        found = trials(_to_gpu(base), adapter, config.prompts or prompts_of(adapter.metadata), config.seed)
     file = page.write(folder, inspection, counted, found, config.base)
     data = {"page": file, "account": counted.to_dict(), **({} if found is None else {"trials": found.to_dict()})}
     return "\n".join([*page.summary(counted, found), f"wrote {file}"]), data

@@ -20,6 +20,11 @@ from lora_vision.factors import Factors
 from lora_vision.spectrum import Spectrum, spectrum
 from lora_vision.tools import places, plots
 
+_FELT = (
+    "in the base's predictions, with both at 1: the first is moved by {:.2f} of its own effect, the second by {:.2f} "
+    "(0: the other is not felt)"
+)
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -60,6 +65,7 @@ class Comparison:
         only_b: Only the second.
         size_a: Norm of the whole first adapter (its layers that can be compared).
         size_b: Of the second.
+        moved: How far each is moved by the other in a base's predictions (see clash.py), where a base was asked.
     """
 
     layers: Mapping[str, Meeting]
@@ -67,6 +73,7 @@ class Comparison:
     only_b: int
     size_a: float
     size_b: float
+    moved: tuple[float, float] | None = None
 
     def _mean(self, of: Callable[[Meeting], float]) -> float:
         """A mean over layers, each counted by how much both change it; layers of one adapter count as zero."""
@@ -98,6 +105,7 @@ class Comparison:
         """All numbers as plain values, for JSON."""
         return {
             "fight": self.fight,
+            "moved": None if self.moved is None else list(self.moved),
             "cosine": self.cosine,
             "sizes": [self.size_a, self.size_b],
             "balance": list(self.balance),
@@ -107,13 +115,16 @@ class Comparison:
         }
 
     def __str__(self) -> str:
+        felt = [] if self.moved is None else [_FELT.format(*self.moved)]
         if not self.layers:
-            return f"no layer in common ({self.only_a} and {self.only_b} of their own): they cannot fight"
+            alone = f"no layer in common ({self.only_a} and {self.only_b} of their own): their weights do not meet"
+            return "\n".join([alone, *felt])
         weights = self.balance
         lines = [
             f"fight {self.fight:.3f} (0: they do not meet, 1: other things to the same features, 2: they cancel)",
             f"cosine {self.cosine:+.3f}, sizes {self.size_a:.3g} and {self.size_b:.3g}: "
             f"balanced at weights {weights[0]:.2f} and {weights[1]:.2f}",
+            *felt,
             f"{len(self.layers)} layers in common, {self.only_a} and {self.only_b} of their own; worst:",
         ]
         for name in self.worst():

@@ -21,13 +21,35 @@ if TYPE_CHECKING:
     from lora_vision.tools.trials import Trials
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-img { max-width: 100%; display: block; margin: .6rem 0 } figure { margin: 0 0 1rem 0 } figcaption { color: #555 }
+:root { color-scheme: light dark; --ink: #222; --soft: #5c5c5c; --paper: #fff; --line: #ddd; --stripe: #f6f6f6 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e4; --soft: #a8a8a8; --paper: #17191d; --line: #3a3d44; --stripe: #20232a }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem; overflow-wrap: anywhere } p, ul { max-width: 46rem }
+h2 { font-size: 1.2rem; margin-top: 2.4rem; border-bottom: 1px solid var(--line) }
+figure { margin: .8rem 0 1.6rem } figcaption { color: var(--soft); max-width: 46rem; margin-top: .3rem }
+.wide { overflow-x: auto } img { display: block; background: #fff; border-radius: 4px; max-width: 100% }
+@media (max-width: 50rem) { .wide img { max-width: none } }
 table { border-collapse: collapse; font-size: .85rem } td, th { padding: .15rem .6rem; text-align: right }
-td:first-child, th:first-child { text-align: left } tr:nth-child(even) { background: #f6f6f6 }
-.facts td { text-align: left } summary { cursor: pointer }
+td:first-child, th:first-child { text-align: left } tr:nth-child(even) { background: var(--stripe) }
+.facts td { text-align: left; overflow-wrap: anywhere; vertical-align: top } .facts td:first-child { min-width: 7rem }
+summary { cursor: pointer }
 """
+
+_CAPTIONS = {
+    "size": "How much each kind of layer is changed in each block; the mean where a block has several.",
+    "effective-rank": "1: all of the change points one way. The file's rank is the most there can be.",
+    "spectrum": "Mean of each block's layers. A curve that falls fast needs a low rank.",
+    "effects": "How much of the way from the base's look to the adapter's is lost without a block, and how much of it "
+    "that block goes alone. Below 0: it leads away.",
+    "carriers": "The fewest blocks without which the look is gone: left out, and alone.",
+    "leave-one-out": "Each block left out in turn.",
+    "one-only": "Each block alone.",
+    "steps": "1: the adapter changes the prediction by as much as there was.",
+    "where": "Dark red: where the adapter changes the prediction most; pale: where least.",
+}
 
 
 def write(
@@ -68,7 +90,9 @@ def account_pictures(account: Account, base: str | None) -> dict[str, Image.Imag
             columns,
             "effective rank: directions it is spread over",
         ),
-        "spectrum": plots.lines(account.curves(), "singular values, relative to the first", "number", most=1.0),
+        "spectrum": plots.lines(
+            account.curves(), "singular values, relative to the first", "number", most=1.0, log=True
+        ),
         "energy": plots.lines({"kept": energy}, "share of the squared norm that a lower rank keeps", "rank", most=1.0),
     }
 
@@ -115,8 +139,9 @@ def _page(
     pictures: Mapping[str, Image.Image],
 ) -> str:
     shown = {name: _embedded(name, picture) for name, picture in pictures.items()}
-    parts = [f"<h1>{_text(Path(inspection.file).name)}</h1>", _facts(inspection, base), "<h2>In short</h2>"]
-    parts.append("<ul>" + "".join(f"<li>{_text(line)}</li>" for line in summary(account, found)) + "</ul>")
+    parts = [f"<h1>{_text(Path(inspection.file).name)}</h1>"]
+    parts += ["<ul>", *(f"<li>{_text(line)}</li>" for line in summary(account, found)), "</ul>"]
+    parts += ["<h2>The file</h2>", _facts(inspection, base)]
     parts += ["<h2>Where the change lies</h2>", shown["size"], shown["effective-rank"]]
     parts += ["<h2>Singular values, and what a lower rank would have done</h2>", shown["spectrum"], shown["energy"]]
     parts.append(_energy_table(account))
@@ -134,7 +159,8 @@ def _page(
         ]
     parts += ["<h2>Every layer</h2>", _layers(account)]
     title = _text(Path(inspection.file).name)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{title}</title>"
     head = f"<head>{head}<style>{_STYLE}</style></head>"
     return f'<!doctype html>\n<html lang="en">{head}\n<body>{"".join(parts)}</body></html>\n'
 
@@ -146,7 +172,8 @@ def summary(account: Account, found: Trials | None) -> list[str]:
     lines = [
         f"{len(account.layers)} layers; the text encoders hold {account.text_share:.0%} of the change.",
         "Largest: " + ", ".join(f"{row} ({shares[row]:.0%} of the squared norm)" for row in top) + ".",
-        f"Rank {account.enough(0.95)} in every layer would have kept 95 % of it, rank {account.enough(0.99)} 99 %.",
+        f"Rank {account.enough(0.95)} in every layer would have kept 95% of it, rank {account.enough(0.99)} would have "
+        "kept 99%.",
     ]
     if found is not None:
         carriers = " and ".join(found.carriers)
@@ -172,7 +199,7 @@ def _facts(inspection: Inspection, base: str | None) -> str:
         "made for": inspection.family or "unknown",
         "measured on": base or "no base",
         "trigger": ", ".join(inspection.trigger_words[:5]),
-        **inspection.settings,
+        **{name.removeprefix("ss_").replace("_", " "): value for name, value in inspection.settings.items()},
         "sha256": inspection.hashes.get("sha256", ""),
     }
     rows = (f"<tr><td>{_text(k)}</td><td>{_text(str(v)[:200])}</td></tr>" for k, v in facts.items() if v)
@@ -192,15 +219,18 @@ def _layers(account: Account) -> str:
         relative = "" if layer.relative is None else f"{layer.relative:.2%}"
         cells = (f"{layer.norm:.3g}", relative, str(layer.rank or ""), f"{layer.effective_rank:.1f}")
         rows.append(f"<tr><td>{_text(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return f"<details><summary>{len(rows)} layers</summary><table>{head}{''.join(rows)}</table></details>"
+    table = f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
+    return f"<details><summary>{len(rows)} layers</summary>{table}</details>"
 
 
 def _embedded(name: str, picture: Image.Image) -> str:
-    """An HTML picture that holds its own bytes."""
+    """An HTML picture that holds its own bytes, with what it shows below it."""
     raw = io.BytesIO()
     picture.save(raw, "PNG", optimize=True)
     data = base64.b64encode(raw.getvalue()).decode()
-    return f'<img alt="{_text(name)}" src="data:image/png;base64,{data}">'
+    told = f"<figcaption>{_text(_CAPTIONS[name])}</figcaption>" if name in _CAPTIONS else ""
+    shown = f'<div class="wide"><img alt="{_text(name)}" src="data:image/png;base64,{data}"></div>'
+    return f"<figure>{shown}{told}</figure>"
 
 
 def _text(words: Any) -> str:

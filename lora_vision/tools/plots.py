@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -74,6 +75,7 @@ def lines(
     size: tuple[int, int] = (760, 400),
     *,
     most: float | None = None,
+    log: bool = False,
 ) -> Image.Image:
     """Curves over a common axis from zero up, each with its name.
 
@@ -83,6 +85,7 @@ def lines(
         across: What x is.
         size: Width and height in pixels.
         most: The largest y shown (default: a little above the largest there is).
+        log: Show powers of ten of y at equal distances, four of them at most, instead of starting from zero.
     """
     font = ImageFont.load_default(14)
     page = Image.new("RGB", size, "white")
@@ -91,24 +94,40 @@ def lines(
     points = [point for curve in series.values() for point in curve] or [(0.0, 0.0)]
     first, last = min(x for x, _ in points), max(x for x, _ in points)
     peak = most or 1.08 * max(y for _, y in points) or 1.0
+    least = min((y for _, y in points if y > 0), default=peak) / peak
+    powers = min(4, max(1, math.ceil(-math.log10(least))))
+
+    def across_at(x: float) -> float:
+        return left + (x - first) / ((last - first) or 1) * (right - left)
+
+    def down_at(y: float) -> float:
+        share = min(max(y / peak, 0), 1)
+        height = max(0, 1 + math.log10(max(share, 1e-9)) / powers) if log else share
+        return bottom - height * (bottom - top)
+
     draw.text((12, 10), title, INK, font)
     draw.text(((left + right) / 2, size[1] - 8), across, INK, font, anchor="mb")
-    for tick in range(5):
-        y, x = bottom - tick / 4 * (bottom - top), left + tick / 4 * (right - left)
-        draw.line([(left, y), (right, y)], GRID)
-        draw.text((left - 8, y), f"{tick / 4 * peak:.3g}", INK, font, anchor="rm")
-        draw.text((x, bottom + 8), f"{first + tick / 4 * (last - first):.3g}", INK, font, anchor="mt")
+    for tick in [peak * 10.0**-power for power in range(powers + 1)] if log else ticks(0, peak):
+        draw.line([(left, down_at(tick)), (right, down_at(tick))], GRID)
+        draw.text((left - 8, down_at(tick)), f"{tick:.3g}", INK, font, anchor="rm")
+    places = sorted({x for x, _ in points})
+    for tick in places if len(places) < 7 else sorted({first, *ticks(first, last)}):
+        draw.text((across_at(tick), bottom + 8), f"{tick:.3g}", INK, font, anchor="mt")
     for number, (name, curve) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
-        placed = [
-            (left + (x - first) / ((last - first) or 1) * (right - left), bottom - min(y, peak) / peak * (bottom - top))
-            for x, y in curve
-        ]
+        placed = [(across_at(x), down_at(y)) for x, y in curve]
         draw.line(placed, colour, 3, joint="curve")
         for x, y in placed if len(placed) < 40 else ():
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         draw.text((right + 10, top + 20 * number), name, colour, font)
     return page
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high at equal distances: at most seven."""
+    size = 10.0 ** math.floor(math.log10(max(high - low, 1e-9) / 6))
+    step = next(size * times for times in (1, 2, 5, 10) if (high - low) / (size * times) <= 6)
+    return [step * number for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def bars(values: Mapping[str, Sequence[float]], names: Sequence[str], title: str) -> Image.Image:

@@ -101,7 +101,10 @@ class CompareConfig:
     picture: str | None = None
     """Also draw it, into this PNG file."""
     base: str | None = None
-    """For DoRA and IA3, which multiply the base's weights: that base."""
+    """Also ask this base how far each moves the other: tiny, a folder, a checkpoint or a Hub id. DoRA and IA3, which
+    multiply its weights, can only be compared with it."""
+    base_config: str | None = None
+    """For a single checkpoint without network: a diffusers folder of the same kind of model."""
 
 
 @dataclass(frozen=True, kw_only=True)
