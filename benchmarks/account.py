@@ -6,12 +6,12 @@ DIR is the folder of ``train_tiny_base.py`` (the judges). For each style adapter
 the look, and the judges' share of pictures in that style with the whole adapter, without those blocks, with those
 alone, and, for comparison, without each other set of as many blocks (the mean and the lowest).
 
-For each pair, both at full weight: what ``compare`` foretells (``fight`` from the weights, ``moved`` with the base), and
-what the judge measures of each style in it: the loss of style accuracy, and of style evidence. Evidence is the log-odds
-the judge gives the style, the mean over pictures; its loss is the share of what the adapter alone added to the base's
-that is gone with both. Accuracy can tell only that one of two styles won. Then the rank correlations over pairs (means
-over the styles of a pair), and of ``moved`` over styles and partners. A subject adapter has no style: it counts as the
-partner only. Prints one JSON object.
+For each pair, both at full weight: what ``compare`` foretells (``fight`` from the weights, ``moved`` with the base),
+and what the judge measures of each style in it: the loss of style accuracy, and of style evidence. Evidence is the
+log-odds the judge gives the style, the mean over pictures; its loss is the share of what the adapter alone added to
+the base's that is gone with both. Accuracy can tell only that one of two styles won. Then the rank correlations over
+pairs (means over the styles of a pair), and of ``moved`` over styles and partners. A subject adapter has no style: it
+counts as the partner only. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from lora_vision.tools.clash import moved
 from lora_vision.tools.commands import prompts_of
 from lora_vision.tools.compare import compare
 from lora_vision.tools.trials import Trials, patterns, trials
-
 
 MEASURED = ("moved", "accuracy", "evidence")
 
@@ -80,7 +79,7 @@ class Studio:
     def evidence(self, label: str, scales: dict[str, Any], style: str) -> float:
         """The log-odds that the judge gives this style, the mean over pictures."""
         logits = self.judge.style(self.draw(label, scales))
-        mine = KIN == KIN[STYLES.index(style)]
+        mine = KIN[STYLES.index(style)] == KIN
         return float((logits[:, mine].logsumexp(1) - logits[:, ~mine].logsumexp(1)).mean())
 
     def less(self, name: str, blocks: tuple[str, ...]) -> dict[str, Any]:

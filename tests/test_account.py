@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from adapters import CONV, LINEAR, NORM, TEXT, Maker
@@ -20,6 +21,7 @@ from lora_vision.adapter import Adapter
 from lora_vision.base import RECIPES, load_base
 from lora_vision.factors import Full, LowRank
 from lora_vision.targets import select
+from lora_vision.tools import plots
 from lora_vision.tools.account import account
 from lora_vision.tools.commands import prompts_of
 from lora_vision.tools.trials import Trials, look, pixels, trials
@@ -151,6 +153,22 @@ def test_without_a_base_the_page_says_what_the_file_tells(lora_vision: Run, tmp_
     assert not (tmp_path / "page" / "leave-one-out.png").exists()
     wrong = lora_vision("report", file, "--base", "absent", "--output", tmp_path / "other")
     assert wrong.code == 1 and "there is no base 'absent'" in wrong.err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (1, 16, [5, 10, 15]), (0, 1.93, [0, 0.5, 1, 1.5]), (3, 3, [3])],
+)
+def test_axes_have_round_numbers(low: float, high: float, expected: list[float]) -> None:
+    assert plots.ticks(low, high) == pytest.approx(expected)
+
+
+def test_curves_on_a_logarithmic_axis_stand_where_their_powers_do() -> None:
+    """One tenth is half way down to one hundredth."""
+    picture = plots.lines({"x": [(0.0, 1.0), (1.0, 0.1), (2.0, 0.01)]}, "", "", (400, 300), log=True, most=1.0)
+    blue = np.argwhere((np.asarray(picture) == (31, 119, 180)).all(-1) & (np.arange(400) < 272))
+    column = {x: blue[blue[:, 1] == x, 0].mean() for x in (68, 168, 268)}
+    assert column[168] - column[68] == pytest.approx(column[268] - column[168], abs=4) and column[68] < 60
 
 
 def test_prompts_come_from_the_captions() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from PIL import Image
 
 from lora_vision import AdapterError, save_adapter
 from lora_vision.adapter import Adapter
+from lora_vision.base import RECIPES, load_base
 from lora_vision.factors import LowRank
 from lora_vision.tools import places
+from lora_vision.tools.clash import moved
 from lora_vision.tools.compare import Comparison, compare
 
 Run = Callable[..., Any]
@@ -100,7 +103,7 @@ def test_adapters_without_a_common_layer_cannot_fight() -> None:
     make = Maker()
     found = compare(Adapter({LINEAR: make.lora()}), Adapter({TEXT: make.lora()}))
     assert (found.fight, found.only_a, found.only_b) == (0, 1, 1)
-    assert "cannot fight" in str(found)
+    assert "their weights do not meet" in str(found)
 
 
 def test_other_bases_and_missing_bases_are_told() -> None:
@@ -111,6 +114,27 @@ def test_other_bases_and_missing_bases_are_told() -> None:
     with pytest.raises(AdapterError, match=LINEAR):
         compare(dora, dora)
     assert compare(dora, dora, {LINEAR: make.tensor(16, 16)}).cosine == pytest.approx(1, abs=1e-5)
+
+
+def test_a_base_feels_the_other_as_much_as_it_changes_the_predictions(
+    lora_vision: Run, sd1_folder: Path, sd1_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], sample_steps=2))
+    base = load_base(sd1_folder)
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    ink = _load(sd1_adapters[0])
+    prompts = {"ink": ["a fox"], "other": ["an owl"]}
+
+    def other(scale: float) -> list[float]:
+        layers = {name: LowRank(f.down, scale * f.up, f.alpha) for name, f in ink.layers.items()}
+        return moved(base, {"ink": ink, "other": Adapter(layers)}, prompts)
+
+    assert other(-1.0) == pytest.approx([1, 1], rel=1e-4), "its opposite undoes all of it"
+    assert other(1e-3)[0] < 0.02 < 1 < other(1e-3)[1], "a faint one is not felt, and drowns"
+    assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
+    told = lora_vision("compare", *sd1_adapters, "--base", sd1_folder, "--json")
+    assert told.code == 0, told.err
+    assert len(told.json["moved"]) == 2 and all(value > 0.01 for value in told.json["moved"])
 
 
 def test_the_command_draws_it(lora_vision: Run, tmp_path: Path) -> None:

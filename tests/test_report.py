@@ -18,7 +18,7 @@ from lora_vision.adapter import Adapter
 from lora_vision.errors import AdapterError
 from lora_vision.factors import LowRank
 from lora_vision.files import save_adapter
-from lora_vision.report import inspect
+from lora_vision.report import _trigger_words, inspect
 
 SCRIPT = """
 import sys, time
@@ -80,6 +80,7 @@ def test_words_settings_and_hashes(tmp_path: Path) -> None:
     phrased = {**metadata, "modelspec.trigger_phrase": "inky"}
     path = save_adapter(Adapter(every_kind()["lora"].layers, {}, phrased), tmp_path / "b.safetensors")
     assert inspect(path).trigger_words == ["inky"]
+    assert _trigger_words({**metadata, "lora_vision.trigger": ""}) == [], "the trainer says that there is none"
     assert inspect(path, scan=False).hashes.keys() == {"sshs_model_hash", "sshs_legacy_hash"}
 
 

@@ -47,9 +47,13 @@ _CAPTIONS = {
     "carriers": "The fewest blocks without which the look is gone: left out, and alone.",
     "leave-one-out": "Each block left out in turn.",
     "one-only": "Each block alone.",
-    "steps": "1: the adapter changes the prediction by as much as there was.",
+    "steps": "1: the change is as large as the base's own prediction.",
     "where": "Dark red: where the adapter changes the prediction most; pale: where least.",
 }
+
+
+_NARROW = 700
+"""Wider pictures (pixels) are not shrunk on a phone: they are pushed along."""
 
 
 def write(
@@ -80,7 +84,11 @@ def write(
 def account_pictures(account: Account, base: str | None) -> dict[str, Image.Image]:
     """Heat maps and curves of the numbers, by file name."""
     rows, columns = places.blocks(account.layers), places.kinds(account.layers)
-    unit = f"percent of the weights of {base}" if account.measured else "1000 x root mean square (no base given)"
+    unit = (
+        f"percent of the weights of {Path(base or '').name}"
+        if account.measured
+        else "1000 x root mean square (no base given)"
+    )
     energy = [(float(rank), account.energy(rank)) for rank in account.ranks]
     return {
         "size": plots.heat_map(account.cells(account.size), rows, columns, f"size of the change: {unit}"),
@@ -171,7 +179,7 @@ def summary(account: Account, found: Trials | None) -> list[str]:
     top = sorted(shares, key=lambda row: -shares[row])[:3]
     lines = [
         f"{len(account.layers)} layers; the text encoders hold {account.text_share:.0%} of the change.",
-        "Largest: " + ", ".join(f"{row} ({shares[row]:.0%} of the squared norm)" for row in top) + ".",
+        f"Most of its squared norm lies in {', '.join(f'{row} ({shares[row]:.0%})' for row in top)}.",
         f"Rank {account.enough(0.95)} in every layer would have kept 95% of it, rank {account.enough(0.99)} would have "
         "kept 99%.",
     ]
@@ -229,7 +237,8 @@ def _embedded(name: str, picture: Image.Image) -> str:
     picture.save(raw, "PNG", optimize=True)
     data = base64.b64encode(raw.getvalue()).decode()
     told = f"<figcaption>{_text(_CAPTIONS[name])}</figcaption>" if name in _CAPTIONS else ""
-    shown = f'<div class="wide"><img alt="{_text(name)}" src="data:image/png;base64,{data}"></div>'
+    shown = f'<img alt="{_text(name)}" src="data:image/png;base64,{data}">'
+    shown = f'<div class="wide">{shown}</div>' if picture.width > _NARROW else shown
     return f"<figure>{shown}{told}</figure>"
 
 

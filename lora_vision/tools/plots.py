@@ -72,7 +72,7 @@ def lines(
     series: Mapping[str, Sequence[tuple[float, float]]],
     title: str,
     across: str,
-    size: tuple[int, int] = (760, 400),
+    size: tuple[int, int] = (680, 400),
     *,
     most: float | None = None,
     log: bool = False,
@@ -133,7 +133,7 @@ def ticks(low: float, high: float) -> list[float]:
 def bars(values: Mapping[str, Sequence[float]], names: Sequence[str], title: str) -> Image.Image:
     """Horizontal bars: a group for each key, in it one bar for each name."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    thick, gap, left, length = 16, 10, 130, 480
+    thick, gap, left, length = 16, 10, 130, 440
     group = thick * len(names) + gap
     page = Image.new("RGB", (left + length + 90, 70 + group * len(values)), "white")
     draw = ImageDraw.Draw(page)
