@@ -54,6 +54,8 @@ def settings(work: Path, output: Path, steps: int) -> StyleConfig:
         checkpoint_every=3,
         validate_every=4,
         sample_every=10,
+        ema=0.9,
+        tracker="none",
     )
 
 
@@ -81,7 +83,7 @@ def run(config: StyleConfig, seconds: float = 600.0) -> bool:
 
 def check(folder: Path, output: Path) -> int:
     """The number of steps in the checkpoint; every file of the run is opened on the way."""
-    for path in [output, *folder.glob("*.safetensors")]:
+    for path in [output, *folder.rglob("[!.]*.safetensors")]:
         if path.exists():
             lv.load_adapter(path)
     for path in folder.rglob("[!.]*.png"):

@@ -75,14 +75,21 @@ class FitConfig:
     """Pictures in one micro-batch of one process (default: the base's own)."""
     accumulate: int = 1
     """Micro-batches whose gradients are added up before one optimizer step."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedulefree"] = "adamw"
+    """What turns gradients into steps; prodigy finds the learning rate, schedulefree needs no length of the run known
+    beforehand. All but adamw and adafactor want their libraries: pip install 'lora-vision[optim]'."""
     learning_rate: float | None = None
-    """Highest learning rate; it warms up to it and falls along a cosine to zero (default: the base's own)."""
+    """Highest learning rate; it warms up to it and falls along a cosine to zero (default: the base's own; for prodigy
+    1, for lion a fifth)."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises from zero."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
     clip: float = 1.0
     """Largest norm of all gradients together; 0 leaves them alone."""
+    ema: float = 0.0
+    """Validate, draw and keep a running mean of the weights with this decay (0.99 for hundreds of steps, 0.999 for
+    thousands); 0 keeps the weights themselves."""
     precision: Precision = "auto"
     """Arithmetic of the frozen base; adapter weights are always fp32 (auto: fp32 on a CPU, else bf16 or fp16)."""
     gradient_checkpointing: bool = False
@@ -97,8 +104,20 @@ class FitConfig:
     """Steps between two checkpoints; 0 writes none."""
     keep: Literal["last", "best"] = "last"
     """Which weights become the adapter: those after the last step, or those best on the held-out pictures."""
+    patience: int = 0
+    """Looks at the held-out pictures without an improvement after which training stops; 0 never stops."""
+    tracker: str = "auto"
+    """Where the losses are reported while they come: a tracker that Accelerate knows (tensorboard, wandb, ...), or none
+    (auto: TensorBoard where it is installed)."""
     resume: bool = False
     """Continue from the last checkpoint of this output instead of starting over."""
+
+    def usual_rate(self, adamw: float) -> float:
+        """The learning rate of this optimizer where AdamW's would be `adamw`.
+
+        Lion's is 3 to 10 times lower (Chen et al. 2023, arXiv 2302.06675, sec. 5); Prodigy's is a multiplier.
+        """
+        return {"prodigy": 1.0, "lion": adamw / 5}.get(self.optimizer, adamw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +188,8 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
     """Rank of each layer's change; auto: each layer keeps what its change needs (default: the base's own)."""
     targets: str | None = None
     """Layers to adapt: named sets joined by + ("attention+ff") or globs (default: the base's own)."""
+    compile: bool = False
+    """Compile the UNet (torch.compile): minutes at the beginning for faster steps afterwards, on a GPU."""
     train_text: bool = False
     """Adapt the text encoder(s) too."""
     max_norm: float = 0.0
@@ -182,7 +203,8 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
         least = dict.fromkeys(("steps", "batch_size", "accumulate", "rank"), 1) | {"resolution": 8}
         least |= dict.fromkeys(("holdout", "noise_offset", "input_perturbation", "warmup", "weight_decay", "clip"), 0)
         least |= dict.fromkeys(("validate_every", "sample_every", "checkpoint_every", "keep_tags", "max_norm"), 0)
-        shares = ("holdout", "warmup", "drop_tags", "drop_captions", "rank_dropout", "module_dropout")
+        least |= dict.fromkeys(("ema", "patience"), 0)
+        shares = ("ema", "holdout", "warmup", "drop_tags", "drop_captions", "rank_dropout", "module_dropout")
         least |= dict.fromkeys((*shares, "prior_weight"), 0)
         for name, lowest in least.items():
             value = getattr(self, name)
@@ -196,6 +218,8 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
             raise ValueError(f"--up-rate {self.up_rate}: {self.variant} has no up matrices")
         if self.variant == "pissa" and self.max_norm:
             raise ValueError(f"--max-norm {self.max_norm}: a pissa change is a difference, which cannot be limited")
+        if self.optimizer == "schedulefree" and (self.ema or self.max_norm):
+            raise ValueError("--optimizer schedulefree averages the weights itself: leave out --ema and --max-norm")
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"--output {self.output}: a name ending in .safetensors is needed")
         if self.resolution is not None and self.resolution % 8:
@@ -207,6 +231,7 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
     def filled(self, recipe: Recipe) -> Self:
         """This configuration with everything the user left open taken from the base's recipe."""
         names = ("rank", "targets", "learning_rate", "steps", "batch_size", "resolution")
+        recipe = replace(recipe, learning_rate=self.usual_rate(recipe.learning_rate))
         open_fields = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
         if self.sample_every is None:
             open_fields["sample_every"] = max(1, (self.steps or recipe.steps) // 4)

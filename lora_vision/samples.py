@@ -73,8 +73,8 @@ class SampleSheet:
         pictures = draw(self.base, self.prompts, seed=self.seed, resolution=self.resolution)
         columns = self.folder / "samples"
         columns.mkdir(parents=True, exist_ok=True)
-        for old in columns.glob("[0-9]*-[0-9]*.png"):
-            if self.fresh or int(old.name.split("-")[0]) > step:  # of an earlier run, or of steps now taken again
+        for old in columns.glob("[0-9]*.*"):
+            if self.fresh or int(old.stem.split("-")[0]) > step:  # of an earlier run, or of steps now taken again
                 old.unlink()
         self.fresh = False
         for row, picture in enumerate(pictures):

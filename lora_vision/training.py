@@ -1,13 +1,17 @@
-"""The one training loop: fit(), its checkpoints, its validation."""
+"""The one training loop: fit(), its checkpoints, its validation.
+
+Three sets of weights are told apart: those that learn; those that are looked at and kept, which a running mean (EMA) or
+a schedule-free optimizer makes of them; and the best of the latter on held-out batches.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -15,21 +19,19 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_vision.config import FitConfig, Precision
-from lora_vision.errors import LoraVisionError
+from lora_vision.optimizers import TrainingError, by_rate, learning_rate, make_optimizer
 from lora_vision.whole import write_whole
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class TrainingError(LoraVisionError):
-    """Training cannot start, continue or go on being useful."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class History:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The outcome of fit(); the parameters hold the values after the last step.
+    """The outcome of fit(); the parameters hold the values to keep after the last step.
 
     Attributes:
         history: Losses of the whole run.
@@ -98,12 +100,19 @@ class Fitted:
     extends: int | None = None
 
 
-def make_accelerator(config: FitConfig, *, unused_parameters: bool = False) -> Accelerator:
-    """The Accelerator for this precision and whatever `accelerate launch` has set up.
+def make_accelerator(config: FitConfig, *, folder: Path | None = None, unused_parameters: bool = False) -> Accelerator:
+    """The Accelerator for this precision and tracker and whatever `accelerate launch` has set up.
+
+    Args:
+        config: Precision and tracker.
+        folder: Where trackers that keep files may do so; without one nothing is tracked.
+        unused_parameters: Whether some that learn may take no part in a step.
 
     Raises:
-        TrainingError: For fp16 on a CPU.
+        TrainingError: For fp16 on a CPU, or a tracker that is not there.
     """
+    names = [] if folder is None else trackers(config.tracker)
+    tracked: dict[str, Any] = {"log_with": names, "project_dir": folder} if names else {}
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if config.precision != "auto":
         chosen = config.precision.replace("fp32", "no")
@@ -113,12 +122,28 @@ def make_accelerator(config: FitConfig, *, unused_parameters: bool = False) -> A
         chosen = launched
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)]
     try:
-        accelerator = Accelerator(mixed_precision=chosen, kwargs_handlers=handlers)
+        accelerator = Accelerator(mixed_precision=chosen, kwargs_handlers=handlers, **tracked)
     except ValueError as error:
         raise TrainingError(f"precision {chosen} is not possible here: {error}; use --precision fp32") from error
     if chosen == "fp16" and accelerator.device.type == "cpu":
         raise TrainingError("found precision fp16 on a CPU, which cannot train in it; use --precision fp32 or bf16")
     return accelerator
+
+
+def trackers(name: str) -> list[str]:
+    """The trackers that are meant, as Accelerate calls them.
+
+    Raises:
+        TrainingError: There is none of that name, or it is not installed.
+    """
+    there = [str(each) for each in get_available_trackers()]
+    if name == "none" or (name == "auto" and "tensorboard" not in there):
+        return []
+    if name not in ("auto", *there):
+        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+        advice = "install it" if name in LOGGER_TYPE_TO_CLASS else f"choose auto, none or one of {known}"
+        raise TrainingError(f"--tracker {name} is not there; {advice}")
+    return ["tensorboard" if name == "auto" else name]
 
 
 def precision_of(accelerator: Accelerator) -> Precision:
@@ -131,24 +156,25 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     return DTYPES[precision_of(accelerator)]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The rate of step `step` (from 0) of `steps`: a linear rise over the share `warmup`, then a cosine to zero."""
-    rise = max(1, round(steps * warmup))
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+def draws(seed: int, turn: int, part: int) -> int:
+    """The seed of what a part of a micro-batch draws from torch's own generators (dropouts), in any resumed run too."""
+    return int.from_bytes(blake2b(f"{seed} {turn} {part}".encode(), digest_size=4).digest())
 
 
-def draws(seed: int, turn: int) -> int:
-    """The seed of what one micro-batch draws from torch's own generators (dropouts): whatever was resumed, the same."""
-    return int.from_bytes(blake2b(f"{seed} {turn}".encode(), digest_size=4).digest())
+def cut(batch: Any, rows: slice) -> Any:
+    """Those rows of a batch: of every tensor and tuple in it, and in the dataclasses in it."""
+    if isinstance(batch, Tensor | tuple):
+        return batch[rows]
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{each.name: cut(getattr(batch, each.name), rows) for each in fields(batch)})
+    return batch
 
 
 def fit(job: Job, config: FitConfig, accelerator: Accelerator) -> Fitted:
-    """The trained job: AdamW over config.steps steps, from the job's checkpoint on if config.resume says so.
+    """The trained job: config.steps steps, from the job's checkpoint on if config.resume says so.
 
     Raises:
-        TrainingError: Where the checkpoint is of another run, or gradients stay non-finite.
+        TrainingError: Where the checkpoint is of another run, gradients stay non-finite, or memory runs out.
         ValueError: Where a parameter is not float32, or something else in the loss would be trained.
     """
     return Run(job, config, accelerator).train()
@@ -163,14 +189,6 @@ def _check_parameters(job: Job) -> None:
     extra = [name for name, p in job.loss.named_parameters() if p.requires_grad and id(p) not in known]
     if extra or not all(parameter.requires_grad for parameter in job.parameters):
         raise ValueError(f"expected exactly the job's parameters to be trainable; found also {extra[:3]}")
-
-
-def _by_rate(parameters: Sequence[nn.Parameter], rates: Sequence[float]) -> list[dict[str, Any]]:
-    """The optimizer's groups: parameters with the same multiplier of the learning rate, in their order."""
-    groups: dict[float, list[nn.Parameter]] = {}
-    for parameter, times in zip(parameters, rates or [1.0] * len(parameters), strict=True):
-        groups.setdefault(times, []).append(parameter)
-    return [{"params": members, "times": times} for times, members in groups.items()]
 
 
 class Run:
@@ -189,12 +207,15 @@ class Run:
         self.resumed: tuple[int, ...] = ()
         self.extends: int | None = None
         self.failures = 0
-        fused = accelerator.device.type in ("cpu", "cuda")
-        groups = _by_rate(job.parameters, job.rates)
-        optimizer = torch.optim.AdamW(groups, lr=self.rate, weight_decay=config.weight_decay, fused=fused)
+        self.parts = 1
+        optimizer = make_optimizer(by_rate(job.parameters, job.rates), config, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(job.loss, optimizer)
+        self.optimizer.train()  # schedule-free wants to be told
+        self.mean = [each.detach().clone() for each in job.parameters] if config.ema else None
         if config.resume:
             self._load()
+        if accelerator.log_with:
+            accelerator.init_trackers("tracked")
 
     def train(self) -> Fitted:
         """The outcome of all remaining steps."""
@@ -220,6 +241,9 @@ class Run:
                         "stopped at step %d: no better held-out loss since %s", self.done, self.history.best_step
                     )
                     break
+        self._average()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return Fitted(self.history, self.best, self.resumed, self.extends)
 
     def _due(self, every: int) -> bool:
@@ -234,30 +258,64 @@ class Run:
     def step(self) -> float:
         """The loss of the next optimizer step over all its micro-batches, taken unless its gradients are not finite."""
         config, accelerator = self.config, self.accelerator
+        rate = learning_rate(
+            self.done, self.steps, self.rate, config.warmup, falling=config.optimizer != "schedulefree"
+        )
         for group in self.optimizer.param_groups:
-            group["lr"] = group["times"] * learning_rate(self.done, self.steps, self.rate, config.warmup)
-        total = 0.0
-        for micro in range(config.accumulate):
-            turn = (self.done * config.accumulate + micro) * accelerator.num_processes + accelerator.process_index
-            batch = self.job.batch(turn * self.batch_size, self.batch_size)
-            torch.manual_seed(draws(config.seed, turn))
-            wait = accelerator.no_sync(self.model) if micro < config.accumulate - 1 else nullcontext()
-            with wait:
-                loss = self.model(batch) / config.accumulate
-                accelerator.backward(loss)
-            total += loss.detach()
+            group["lr"] = group["times"] * rate
+        while (total := self._gradients()) is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            clear_device_cache(garbage_collection=True)
         norm = accelerator.clip_grad_norm_(self.job.parameters, config.clip or math.inf)
         finite = bool(torch.isfinite(norm))
         if finite or accelerator.scaler is not None:  # the scaler skips by itself, and must see that it should
             self.optimizer.step()
         if self.job.after_step is not None:
             self.job.after_step()
+        if self.mean is not None:
+            decay = min(config.ema, (1 + self.done) / (10 + self.done))  # as diffusers warms it up
+            torch._foreach_lerp_(self.mean, [each.detach() for each in self.job.parameters], 1 - decay)
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         self._count(finite)
-        mean = accelerator.reduce(torch.as_tensor(total), "mean") if accelerator.num_processes > 1 else total
+        mean = accelerator.reduce(total, "mean") if accelerator.num_processes > 1 else total
         self.history.losses.append(float(mean))
+        accelerator.log({"loss": float(mean), "learning rate": rate}, step=self.done)
         return float(mean)
+
+    def _gradients(self) -> Tensor | None:
+        """The loss of this step's micro-batches, gradients added up; None where memory ran out, and less is tried next.
+
+        A micro-batch that is too large is taken in parts from then on, which gives the same gradients.
+        """
+        config, accelerator = self.config, self.accelerator
+        size = -(-self.batch_size // self.parts)
+        starts = range(0, self.batch_size, size)
+        losses: list[Tensor] = []
+        try:
+            for micro in range(config.accumulate):
+                turn = (self.done * config.accumulate + micro) * accelerator.num_processes + accelerator.process_index
+                batch = self.job.batch(turn * self.batch_size, self.batch_size)
+                for number, start in enumerate(starts):
+                    part = cut(batch, slice(start, start + size)) if self.parts > 1 else batch
+                    torch.manual_seed(draws(config.seed, turn, number))
+                    last = micro == config.accumulate - 1 and start == starts[-1]
+                    with nullcontext() if last else accelerator.no_sync(self.model):
+                        loss = self.model(part) * (len(part) / len(batch)) / config.accumulate
+                        accelerator.backward(loss)
+                    losses.append(loss.detach())
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if size == 1 or accelerator.num_processes > 1:  # other processes would wait for this one
+                raise TrainingError(
+                    f"out of memory with {size} of {self.batch_size} pictures at a time; use --gradient-checkpointing, "
+                    "a lower --resolution, --precision bf16, or a smaller --batch-size with --accumulate"
+                ) from error
+            self.parts *= 2
+            logger.warning("out of memory: batches of %d are taken in %d parts from here on", len(batch), self.parts)
+            return None
+        return torch.stack(losses).sum()
 
     def _count(self, finite: bool) -> None:
         """Count the steps that had to be skipped, and give up after many in a row."""
@@ -273,13 +331,36 @@ class Run:
 
     def _look(self, *, validate: bool = False, sample: bool = False) -> None:
         """Validate and draw samples, changing neither weights nor random numbers."""
-        if validate and self.job.held_out:
-            self.history.validation[self.done] = self._validate()
-            if self.history.best_step == self.done:
-                self.best = [parameter.detach().clone() for parameter in self.job.parameters]
-        if sample and self.job.sample is not None and self.accelerator.is_main_process:
-            with torch.random.fork_rng(), torch.no_grad():
-                self.job.sample(self.done)
+        validate, sample = validate and bool(self.job.held_out), sample and self.job.sample is not None
+        with self._kept() if validate or sample else nullcontext():
+            if validate:
+                loss = self.history.validation[self.done] = self._validate()
+                self.accelerator.log({"held-out loss": loss}, step=self.done)
+                if self.history.best_step == self.done:
+                    self.best = [parameter.detach().clone() for parameter in self.job.parameters]
+            if sample and self.job.sample is not None and self.accelerator.is_main_process:
+                with torch.random.fork_rng(), torch.no_grad():
+                    self.job.sample(self.done)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """A context in which the parameters are those to look at and to keep; afterwards they are what they were."""
+        if self.mean is None and self.config.optimizer != "schedulefree":
+            yield
+            return
+        learning = [parameter.detach().clone() for parameter in self.job.parameters]
+        self._average()
+        try:
+            yield
+        finally:
+            self.optimizer.train()
+            put(self.job.parameters, learning)
+
+    def _average(self) -> None:
+        """Turn the parameters that learn into those to keep."""
+        self.optimizer.eval()
+        if self.mean is not None:
+            put(self.job.parameters, self.mean)
 
     @torch.no_grad()
     def _validate(self) -> float:
@@ -307,6 +388,8 @@ class Run:
             "history": asdict(self.history),
             "parameters": [parameter.detach() for parameter in self.job.parameters],
             "best": self.best,
+            "mean": self.mean,
+            "parts": self.parts,
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
@@ -326,9 +409,10 @@ class Run:
         if changed:
             was = ", ".join(f"{name} {theirs.get(name)!r} (now {mine.get(name)!r})" for name in changed)
             raise TrainingError(f"{self._path} is of another run: {was}; use its settings, or start without --resume")
-        with torch.no_grad():
-            for parameter, value in zip(self.job.parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
+        put(self.job.parameters, state["parameters"])
+        if self.mean is not None:
+            self.mean = [value.to(self.accelerator.device) for value in state["mean"]]
+        self.parts = state["parts"]
         if state["best"] is not None:
             self.best = [value.to(self.accelerator.device) for value in state["best"]]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -338,3 +422,10 @@ class Run:
         self.done = state["done"]
         self.resumed = (*state.get("resumed", ()), self.done)
         self.extends = self.done if state.get("steps") == self.done < self.steps else state.get("extends")
+
+
+@torch.no_grad()
+def put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Set the parameters to these values."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

@@ -56,7 +56,8 @@ def check_writable(output: Path, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for place in (folder, folder / "samples"):
             sweep(place)
-        for place, name in ((folder, "*.safetensors"), (output.parent, output.name)):
+        adapters = "*.safetensors"
+        for place, name in ((folder, adapters), (folder / "samples", adapters), (output.parent, output.name)):
             sweep(place, f".{name}.*")  # adapters on their way
         for place in (folder, output.parent):
             with tempfile.TemporaryFile(dir=place):

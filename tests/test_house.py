@@ -20,8 +20,9 @@ WINGS = (
     "errors whole config arguments",
     "names targets factors replacement adapter spectrum lineage approximate layers gains stack trained inject formats "
     "files klora combine report",
-    "tiny base data buckets captions cache encoding survey sheet charts batches losses samples training",
-    "schedules regions conduct blend blending voices generate ziplora combining tools vit cli __main__",
+    "tiny base data metadata buckets captions cache encoding survey sheet charts batches losses samples "
+    "optimizers training",
+    "schedules regions conduct blend choices blending voices generate ziplora combining tools vit cli __main__",
 )
 FLOORS = " ".join(WINGS).split()
 ADAPTER_WING = WINGS[1].split()

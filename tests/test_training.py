@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_vision.batches import generator
 from lora_vision.config import FitConfig
-from lora_vision.training import Job, Run, TrainingError, fit, learning_rate, make_accelerator, weight_dtype
+from lora_vision.training import Job, Run, TrainingError, fit, make_accelerator, weight_dtype
 
 CONFIG = FitConfig(steps=12, batch_size=4, learning_rate=0.05, validate_every=3, checkpoint_every=5, precision="fp32")
 
@@ -49,13 +49,15 @@ def points(position: int, count: int) -> Points:
 class Line(nn.Module):
     """The squared error of a linear guess, which takes a random number as dropout would."""
 
-    def __init__(self, *, noisy: bool = False, broken: tuple[int, ...] = ()) -> None:
+    def __init__(self, *, noisy: bool = False, broken: tuple[int, ...] = (), room: int = 99) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(3))
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
-        self.noisy, self.broken, self.calls = noisy, broken, 0
+        self.noisy, self.broken, self.room, self.calls = noisy, broken, room, 0
 
     def forward(self, batch: Points) -> Tensor:
+        if len(batch) > self.room and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         errors = (batch.x * self.frozen) @ self.weight - batch.y
         if self.training_calls() in self.broken:
             errors = errors * math.nan
@@ -180,15 +182,107 @@ def _with(weight: Tensor) -> Line:
     return line
 
 
-def test_looking_changes_nothing() -> None:
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"optimizer": "schedulefree"}], ids=["adamw", "ema", "free"])
+def test_looking_changes_nothing(changes: dict[str, Any]) -> None:
+    if "optimizer" in changes:
+        pytest.importorskip("schedulefree")
+    config = replace(CONFIG, **changes)
+
     def sample(step: int) -> None:
         torch.rand(7)
 
     torch.manual_seed(0)
-    plain, _ = train(replace(job(noisy=True), held_out=()), replace(CONFIG, validate_every=0))
+    plain, _ = train(replace(job(noisy=True), held_out=()), replace(config, validate_every=0))
     torch.manual_seed(0)
-    looked, _ = train(replace(job(noisy=True), sample=sample), replace(CONFIG, sample_every=1, validate_every=1))
+    looked, _ = train(replace(job(noisy=True), sample=sample), replace(config, sample_every=1, validate_every=1))
     assert torch.equal(plain, looked)
+
+
+def test_the_mean_of_the_weights_is_looked_at_and_kept_and_the_weights_learn_on(tmp_path: Path) -> None:
+    looked: dict[int, Tensor] = {}
+    learnt: list[Tensor] = []
+    work = job(tmp_path)
+    weight = work.parameters[0]
+    work = replace(
+        work,
+        sample=lambda step: looked.update({step: weight.detach().clone()}),
+        after_step=lambda: learnt.append(weight.detach().clone()),
+    )
+    kept, fitted = train(work, replace(CONFIG, ema=0.6, sample_every=4, validate_every=6))
+    plain, _ = train(job())
+    assert torch.equal(learnt[-1], plain), "averaging does not disturb what learns"
+    mean = torch.zeros(3)
+    for step, value in enumerate(learnt, 1):
+        mean = mean.lerp(value, 1 - min(0.6, step / (9 + step)))
+        if step in looked:
+            torch.testing.assert_close(looked[step], mean)
+    assert torch.equal(kept, looked[12]) and sorted(looked) == [0, 4, 8, 12]
+    assert fitted.best is not None and torch.equal(fitted.best[0], kept)
+
+
+def test_schedule_free_weights_are_looked_at_averaged() -> None:
+    pytest.importorskip("schedulefree")
+    seen: list[tuple[Tensor, Any]] = []
+    work = job()
+    config = replace(CONFIG, optimizer="schedulefree", sample_every=12, validate_every=0)
+    run = Run(work, config, make_accelerator(config))
+    run.job = replace(work, sample=lambda step: seen.append((work.parameters[0].detach().clone(), step)))
+    run.train()
+    inner = run.optimizer.optimizer
+    assert not inner.param_groups[0]["train_mode"]
+    assert [step for _, step in seen] == [0, 12] and torch.equal(seen[-1][0], work.parameters[0])
+    inner.train()
+    assert not torch.equal(seen[-1][0], work.parameters[0])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_too_large_for_the_memory_is_taken_in_parts(
+    accumulate: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(CONFIG, batch_size=6, accumulate=accumulate)
+    whole, fitted = train(job(), config)
+    weight, again = train(job(tmp_path, room=2), config)
+    torch.testing.assert_close(weight, whole, rtol=1e-5, atol=1e-6)
+    assert again.history.losses == pytest.approx(fitted.history.losses, rel=1e-5)
+    told = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
+    assert [line.split(":")[1] for line in told] == [
+        " batches of 6 are taken in 2 parts from here on",
+        " batches of 6 are taken in 4 parts from here on",
+    ]
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"] == 4
+
+
+def test_what_does_not_fit_alone_ends_with_advice() -> None:
+    with pytest.raises(TrainingError, match="out of memory with 1 of 4 pictures at a time; use --gradient-checkpoint"):
+        train(job(room=0))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    work = job()
+    work = replace(work, batch=lambda position, count: points(position, 2) if position else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(work)
+
+
+def test_losses_are_tracked_where_a_tracker_is_there(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accelerator = make_accelerator(CONFIG, folder=tmp_path)
+    fitted = fit(job(), CONFIG, accelerator)
+    seen = EventAccumulator(str(tmp_path / "tracked")).Reload()
+    losses = [event.value for event in seen.Scalars("loss")]
+    assert losses == pytest.approx(fitted.history.losses) and len(seen.Scalars("learning rate")) == 12
+    held_out = {event.step: event.value for event in seen.Scalars("held-out loss")}
+    assert held_out == pytest.approx(fitted.history.validation)
+
+
+def test_trackers_are_asked_for_by_name(tmp_path: Path) -> None:
+    assert not make_accelerator(replace(CONFIG, tracker="none"), folder=tmp_path).log_with
+    with pytest.raises(TrainingError, match="--tracker wandbb is not there; choose auto, none or one of aim"):
+        make_accelerator(replace(CONFIG, tracker="wandbb"), folder=tmp_path)
+    with pytest.raises(TrainingError, match="--tracker clearml is not there; install it"):
+        make_accelerator(replace(CONFIG, tracker="clearml"), folder=tmp_path)
 
 
 def test_steps_with_gradients_that_are_no_numbers_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
@@ -219,14 +313,6 @@ def test_only_float32_parameters_train_and_all_else_is_frozen() -> None:
             train(work)
     with pytest.raises(ValueError, match="steps, batch_size and learning_rate are open"):
         fit(job(), FitConfig(), make_accelerator(CONFIG))
-
-
-def test_the_rate_rises_and_falls() -> None:
-    rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
-    assert rates[0] == 0.2 and rates[9] == 2.0 and rates[10] == 2.0
-    assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.001
-    assert all(after < before for before, after in zip(rates[10:], rates[11:], strict=False))
-    assert learning_rate(0, 1, 2.0, 0.0) == 2.0
 
 
 def test_gradients_are_clipped() -> None:

@@ -4,9 +4,10 @@
     accelerate launch "$(lora-vision where train_style)" --data DIR --output ink.safetensors
 
 Beside ink.safetensors lies the folder ink-training: the loss curve (loss.png), sample pictures over the steps
-(samples.png), the numbers (history.json), the weights after the last step and those best on the held-out pictures
-(last.safetensors, best.safetensors), and the checkpoint from which --resume continues. It may be killed at any moment:
-every file there is whole, and what is lost is at most the steps since the last checkpoint.
+(samples.png), the adapters that drew them (samples/000125.safetensors) and a sheet of these at several weights, to pick
+one by eye (choices.png), the numbers (history.json), the adapter after the last step and the one best on the held-out
+pictures (last.safetensors, best.safetensors), and the checkpoint from which --resume continues. It may be killed at any
+moment: every file there is whole, and what is lost is at most the steps since the last checkpoint.
 """
 
 from __future__ import annotations
@@ -18,14 +19,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
-import lora_vision
 from lora_vision import lineage, names
 from lora_vision.adapter import Adapter
 from lora_vision.base import Base, load_base
@@ -34,6 +33,7 @@ from lora_vision.buckets import by_size
 from lora_vision.cache import Cache
 from lora_vision.captions import Wording
 from lora_vision.charts import loss_curve
+from lora_vision.choices import choices
 from lora_vision.config import ChangeConfig, LoraConfig, StyleConfig
 from lora_vision.data import PictureSet, read_pictures
 from lora_vision.encoding import Encoding, encode, step_of
@@ -41,25 +41,21 @@ from lora_vision.errors import AdapterError, DataError
 from lora_vision.files import header, save_adapter
 from lora_vision.inject import attach, collect, detach, inject, rates
 from lora_vision.losses import DiffusionLoss, NoiseSchedule
+from lora_vision.metadata import metadata
 from lora_vision.samples import SampleSheet, png
 from lora_vision.survey import survey
 from lora_vision.tools.card import licence_of, write_card
 from lora_vision.tools.resize import Size, resize
 from lora_vision.trained import limit_norms, silenced
-from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, weight_dtype
+from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, put, weight_dtype
 from lora_vision.whole import check_writable, write_whole
 
 logger = logging.getLogger(__name__)
 
 OUTSIDE = ("data", "output", "base", "base_config", "cache", "resume", "checkpoint_every", "sample_every")
-NOT_IN_FILE = (*OUTSIDE, "sample_prompts", "prior")
-MAY_CHANGE = (*NOT_IN_FILE, "steps", "validate_every", "keep", "format")
+NOT_IN_FILE = (*OUTSIDE, "sample_prompts", "prior", "tracker", "compile")
+MAY_CHANGE = (*NOT_IN_FILE, "steps", "validate_every", "patience", "keep", "format")
 ENERGIES = (0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
-MODEL_NAMES = {
-    "sd1": ("sd_v1", "stable-diffusion-v1"),
-    "sd2": ("sd_v2", "stable-diffusion-v2-768-v"),
-    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-}
 
 
 def run(config: StyleConfig) -> Path:
@@ -69,10 +65,10 @@ def run(config: StyleConfig) -> Path:
         LoraVisionError: Where the pictures, the base, the settings or the place to write cannot be used (found before
             training), or training diverges.
     """
-    accelerator = make_accelerator(config, unused_parameters=config.train_text)
-    pictures = to_learn_from(config)
     output = Path(config.output).expanduser()
     folder = output.with_name(f"{output.stem}-training")
+    accelerator = make_accelerator(config, folder=folder, unused_parameters=config.train_text)
+    pictures = to_learn_from(config)
     check_writable(output, folder)
     dtype = weight_dtype(accelerator)
     base = load_base(config.base, dtype=dtype, config=config.base_config).to(accelerator.device, dtype)
@@ -86,6 +82,8 @@ def run(config: StyleConfig) -> Path:
     adapted = base.parts if config.train_text else {"unet": base.unet}
     change = lora_config(config, base)
     parameters = inject(adapted, change)
+    made = metadata(config, base, pictures, NOT_IN_FILE)
+    prompts = shown_prompts(config, pictures)
     job = Job(
         loss=diffusion_loss(config, base, schedule, adapted),
         parameters=parameters,
@@ -93,9 +91,10 @@ def run(config: StyleConfig) -> Path:
         after_step=partial(limit_norms, names.index(adapted), config.max_norm) if config.max_norm else None,
         batch=samples,
         held_out=held_out,
-        sample=sampler(config, base, pictures, folder, accelerator),
+        sample=sampler(config, base, prompts, adapted, made, folder, accelerator),
         folder=folder,
         identity=identity(config, base, pictures),
+        patience=config.patience,
     )
     fitted = fit(job, config, accelerator)
     if accelerator.is_main_process:
@@ -103,8 +102,12 @@ def run(config: StyleConfig) -> Path:
         if config.rank == "auto":
             with accelerator.autocast():
                 found = slimmed(found, adapted, job)
-        made = metadata(config, base, pictures) | parent(fitted, output, folder)
-        save(config, found, fitted, made, output, folder)
+        save(config, found, fitted, made | parent(fitted, output, folder), output, folder)
+        if config.sample_every:
+            detach(adapted)
+            with accelerator.autocast():
+                picture = choices(base, folder / "samples", prompts[0], seed=config.seed, resolution=config.resolution)
+            write_whole(folder / "choices.png", png(picture))
     accelerator.wait_for_everyone()
     return output
 
@@ -178,6 +181,8 @@ def diffusion_loss(
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
         base.unet.train()  # diffusers recomputes in training mode only; Stable Diffusion has no dropout
+    if config.compile:
+        base.unet.compile()
     encoders = nn.ModuleDict({name: part for name, part in adapted.items() if name != "unet"})
     return DiffusionLoss(
         base.unet,
@@ -191,14 +196,17 @@ def diffusion_loss(
 
 
 def sampler(
-    config: StyleConfig, base: Base, pictures: PictureSet, folder: Path, accelerator: Accelerator
+    config: StyleConfig,
+    base: Base,
+    prompts: Sequence[str],
+    adapted: dict[str, nn.Module],
+    made: dict[str, str],
+    folder: Path,
+    accelerator: Accelerator,
 ) -> Callable[[int], None] | None:
-    """What draws sample pictures: of the prompts asked for, else of held-out captions."""
+    """What draws sample pictures and keeps the adapter that draws them beside them."""
     if not config.sample_every or config.resolution is None:
         return None
-    shown = (picture for picture in (*pictures.held_out, *pictures.train) if not picture.prior)
-    captions = dict.fromkeys(picture.caption for picture in shown)
-    prompts = config.sample_prompts or tuple(captions)[:4]
     samples = SampleSheet(
         base, prompts, folder, seed=config.seed, resolution=config.resolution, fresh=not config.resume
     )
@@ -206,8 +214,17 @@ def sampler(
     def sample(step: int) -> None:
         with accelerator.autocast():
             samples(step)
+        if step:
+            path = folder / "samples" / f"{step:06}.safetensors"
+            save_adapter(with_step(collect(adapted), made, step), path, format=config.format)
 
     return sample
+
+
+def shown_prompts(config: StyleConfig, pictures: PictureSet) -> tuple[str, ...]:
+    """What sample pictures show: the prompts asked for, else captions of held-out pictures."""
+    shown = (picture for picture in (*pictures.held_out, *pictures.train) if not picture.prior)
+    return config.sample_prompts or tuple(dict.fromkeys(picture.caption for picture in shown))[:4]
 
 
 def identity(config: StyleConfig, base: Base, pictures: PictureSet) -> dict[str, object]:
@@ -215,77 +232,6 @@ def identity(config: StyleConfig, base: Base, pictures: PictureSet) -> dict[str,
     mine = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE and value is not None}
     mine["keeps the base's answers"] = config.prior == "base"
     return mine | {"base fingerprint": base.fingerprint, "data fingerprint": pictures.fingerprint}
-
-
-def metadata(config: StyleConfig, base: Base, pictures: PictureSet) -> dict[str, str]:
-    """How the adapter was made, for lora_vision and, as ss_ and modelspec., for readers of kohya's, A1111 and ComfyUI.
-
-    Holds neither dates nor paths: the same run gives the same file.
-    """
-    settings = {name: value for name, value in asdict(config).items() if name not in NOT_IN_FILE}
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
-    counts: dict[str, int] = {}
-    for picture in pictures.train:
-        counts[picture.caption] = counts.get(picture.caption, 0) + 1
-    name, architecture = MODEL_NAMES[base.family]
-    if base.family == "sd2" and base.prediction == "epsilon":
-        architecture = "stable-diffusion-v2-512"
-    rank = config.rank if isinstance(config.rank, int) else 2 * base.recipe.rank
-    alpha = rank if config.alpha is None else config.alpha
-    pair = 2 if config.variant == "pissa" else 1  # written as the difference of two pairs
-    return {
-        "lora_vision.version": lora_vision.__version__,
-        "lora_vision.versions": json.dumps(versions, sort_keys=True),
-        "lora_vision.config": json.dumps(settings, sort_keys=True),
-        "lora_vision.base": base.source if base.source == "tiny" else Path(base.source).name,
-        "lora_vision.base_fingerprint": base.fingerprint,
-        "lora_vision.data_fingerprint": pictures.fingerprint,
-        "lora_vision.pictures": f"{len(pictures.train)} trained on, {len(pictures.held_out)} held out",
-        "lora_vision.trigger": pictures.trigger or "",
-        "ss_base_model_version": name,
-        "ss_v2": str(base.family == "sd2"),
-        **networks(config.variant),
-        "ss_network_dim": "Dynamic" if config.rank == "auto" else str(pair * rank),
-        "ss_network_alpha": "Dynamic" if config.rank == "auto" else f"{pair * alpha:g}",
-        "ss_learning_rate": f"{config.learning_rate:g}",
-        "ss_lr_scheduler": "cosine",
-        "ss_optimizer": "torch.optim.adamw.AdamW",
-        "ss_max_train_steps": str(config.steps),
-        "ss_batch_size_per_device": str(config.batch_size),
-        "ss_gradient_accumulation_steps": str(config.accumulate),
-        "ss_mixed_precision": config.precision.replace("fp32", "no"),
-        **objective(config),
-        "ss_num_train_images": str(len(pictures.train)),
-        "ss_resolution": f"({config.resolution}, {config.resolution})",
-        "ss_seed": str(config.seed),
-        "ss_tag_frequency": json.dumps({Path(config.data).name: counts}, sort_keys=True),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.trigger_phrase": pictures.trigger or "",
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction, base.prediction),
-        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
-    }
-
-
-def networks(variant: str) -> dict[str, str]:
-    """How kohya's tools are told which kind of adapter this is."""
-    algorithm = {"dora": {"algo": "lora", "dora_wd": "True"}, "loha": {"algo": "loha"}, "lokr": {"algo": "lokr"}}
-    if variant not in algorithm:
-        return {"ss_network_module": "networks.lora"}
-    return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(algorithm[variant])}
-
-
-def objective(config: StyleConfig) -> dict[str, str]:
-    """How kohya's tools are told what counted as an error."""
-    told = {
-        "ss_min_snr_gamma": f"{config.snr_gamma:g}" if config.weighting == "min-snr" else "None",
-        "ss_debiased_estimation": str(config.weighting == "debiased"),
-        "ss_noise_offset": f"{config.noise_offset:g}" if config.noise_offset else "None",
-        "ss_ip_noise_gamma": f"{config.input_perturbation:g}" if config.input_perturbation else "None",
-    }
-    if config.huber is None:
-        return told | {"ss_loss_type": "l2"}
-    return told | {"ss_loss_type": "huber", "ss_huber_schedule": config.huber, "ss_huber_c": f"{config.huber_c:g}"}
 
 
 def results(
@@ -366,8 +312,7 @@ def save(
     places = {output: found.get(config.keep, found["last"])}
     places |= {folder / f"{name}.safetensors": found[name] for name in ("best", "last") if name in found}
     for path, (adapter, step) in places.items():
-        extra = {"lora_vision.step": str(step), "ss_steps": str(step)}
-        save_adapter(replace(adapter, metadata=made | extra), path, format=config.format)
+        save_adapter(with_step(adapter, made, step), path, format=config.format)
     write_whole(folder / "loss.png", png(loss_curve(history.losses, history.validation)))
     losses = [loss if math.isfinite(loss) else None for loss in history.losses]  # JSON knows no NaN
     numbers = asdict(history) | {"losses": losses, "best_step": history.best_step, "resumed": list(fitted.resumed)}
@@ -376,11 +321,9 @@ def save(
     logger.info("wrote %s; loss curve and samples are in %s", output, folder)
 
 
-@torch.no_grad()
-def put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Set the parameters to these values."""
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+def with_step(adapter: Adapter, made: dict[str, str], step: int) -> Adapter:
+    """The adapter with the header of this run after so many steps."""
+    return replace(adapter, metadata=made | {"lora_vision.step": str(step), "ss_steps": str(step)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
