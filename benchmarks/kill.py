@@ -54,6 +54,7 @@ def settings(work: Path, output: Path, steps: int) -> StyleConfig:
         checkpoint_every=3,
         validate_every=4,
         sample_every=10,
+        sample_prompts=("dot 1",),
         ema=0.9,
         tracker="none",
     )

@@ -28,7 +28,7 @@ def choices(base: Base, folder: Path, prompt: str, *, seed: int, resolution: int
     found = sorted(folder.glob("[0-9]*.safetensors"), key=lambda path: int(path.stem))
     spread = max(1, min(MOST, len(found)))
     kept = [found[len(found) * (number + 1) // spread - 1] for number in range(spread)]
-    rows = []
+    rows: list[list[Image.Image]] = []
     for path in kept:
         blend = Blend(base.parts)
         try:

@@ -106,8 +106,7 @@ def run(config: StyleConfig) -> Path:
         if config.sample_every:
             detach(adapted)
             with accelerator.autocast():
-                picture = choices(base, folder / "samples", prompts[0], seed=config.seed, resolution=config.resolution)
-            write_whole(folder / "choices.png", png(picture))
+                draw_choices(config, base, prompts[0], folder)
     accelerator.wait_for_everyone()
     return output
 
@@ -156,8 +155,12 @@ def encoded(
         quiet=not accelerator.is_main_process,
     )
     stream = partial(StyleBatches, timesteps=len(schedule), seed=config.seed, device=accelerator.device)
-    shaken = {"noise_offset": config.noise_offset, "input_perturbation": config.input_perturbation}
-    samples = stream(encode(base, pictures.train, how), wording=wording, **shaken)
+    samples = stream(
+        encode(base, pictures.train, how),
+        wording=wording,
+        noise_offset=config.noise_offset,
+        input_perturbation=config.input_perturbation,
+    )
     held_out = stream(encode(base, pictures.held_out, how)).fixed(config.batch_size) if pictures.held_out else []
     return samples, held_out
 
@@ -225,6 +228,13 @@ def shown_prompts(config: StyleConfig, pictures: PictureSet) -> tuple[str, ...]:
     """What sample pictures show: the prompts asked for, else captions of held-out pictures."""
     shown = (picture for picture in (*pictures.held_out, *pictures.train) if not picture.prior)
     return config.sample_prompts or tuple(dict.fromkeys(picture.caption for picture in shown))[:4]
+
+
+def draw_choices(config: StyleConfig, base: Base, prompt: str, folder: Path) -> None:
+    """Draw the sheet of the adapters kept on the way, each at several weights."""
+    assert config.resolution is not None  # filled() was asked
+    picture = choices(base, folder / "samples", prompt, seed=config.seed, resolution=config.resolution)
+    write_whole(folder / "choices.png", png(picture))
 
 
 def identity(config: StyleConfig, base: Base, pictures: PictureSet) -> dict[str, object]:
