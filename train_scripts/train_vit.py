@@ -43,7 +43,7 @@ from lora_vision.whole import check_writable
 
 logger = logging.getLogger(__name__)
 
-NOT_IN_FILE = ("data", "output", "base", "resume", "checkpoint_every", "sample_every")
+NOT_IN_FILE = ("data", "output", "base", "resume", "checkpoint_every", "sample_every", "tracker")
 MAY_CHANGE = (*NOT_IN_FILE, "steps", "validate_every", "keep", "patience", "energy")
 
 
@@ -54,9 +54,9 @@ def run(config: VitConfig) -> Path:
         LoraVisionError: Where the pictures, the base, the settings or the place to write cannot be used (found before
             training), or training diverges.
     """
-    accelerator = make_accelerator(config)
     output = Path(config.output).expanduser()
     folder = output.with_name(f"{output.stem}-training")
+    accelerator = make_accelerator(config, folder=folder)
     check_writable(output, folder)
     pictures = split_dataset(read_dataset(config.data), config.holdout, config.seed, config.few)
     backbone = load_backbone(config.base)

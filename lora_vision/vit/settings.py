@@ -77,8 +77,8 @@ class VitConfig(FitConfig, LearningConfig):
     def __post_init__(self) -> None:
         least = dict.fromkeys(("steps", "batch_size", "accumulate", "rank", "few"), 1.0)
         least |= dict.fromkeys(("holdout", "warmup", "weight_decay", "clip", "label_smoothing", "energy"), 0.0)
-        least |= dict.fromkeys(("patience", "validate_every", "sample_every", "checkpoint_every"), 0.0)
-        _check(self, least, dict.fromkeys(("holdout", "warmup", "label_smoothing"), 1.0) | {"energy": 1.0001})
+        least |= dict.fromkeys(("ema", "patience", "validate_every", "sample_every", "checkpoint_every"), 0.0)
+        _check(self, least, dict.fromkeys(("ema", "holdout", "warmup", "label_smoothing"), 1.0) | {"energy": 1.0001})
         for name in ("learning_rate", "head_learning_rate", "alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -95,7 +95,7 @@ class VitConfig(FitConfig, LearningConfig):
         """
         batch = self.batch_size or min(32, max(4, pictures // 8))
         seen = max(SEEN, 3 * pictures)
-        rate = self.learning_rate or (2e-3 if width < 384 else 5e-4)
+        rate = self.learning_rate or self.usual_rate(2e-3 if width < 384 else 5e-4)
         return replace(
             self,
             batch_size=batch,
