@@ -1,5 +1,7 @@
 """Command lines from frozen dataclasses: a field is a flag, the text below it the help line, a file may hold values.
 
+Their outcomes are told as JSON.
+
 argparse carries it: tyro, jsonargparse and simple-parsing need 0.21 to 0.3 s of CPU to print the help of one class of
 30 fields, twice what a whole command may take here.
 """
@@ -10,6 +12,8 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import json
+import math
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -210,6 +214,19 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
+def as_json(value: Any, indent: int = 2) -> str:
+    """The value as JSON that every reader takes: NaN and infinity, which JSON does not know, are null; paths text."""
+    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _read_toml(path: Path) -> Mapping[str, Any]:
     import tomllib
 
@@ -220,8 +237,6 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    import json
-
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

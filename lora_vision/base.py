@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -225,7 +226,8 @@ def load_base(name: str | Path, *, dtype: torch.dtype = torch.float32, config: s
     if path.is_file():
         return _from_checkpoint(path, dtype, config)
     if not path.is_dir() and (name in EMBEDDED or path.suffix or path.is_absolute() or name.count("/") != 1):
-        raise BaseModelError(f"there is no base {name!r}; expected {EXPECTED}")
+        meant = "".join(f", did you mean {near}?" for near in difflib.get_close_matches(name, EMBEDDED, n=1))
+        raise BaseModelError(f"there is no base {name!r}{meant}; expected {EXPECTED}")
     return _from_folder(str(path) if path.is_dir() else name, name, dtype)
 
 
@@ -265,10 +267,15 @@ def _load_part(kind: Any, place: str, part: str, dtype: torch.dtype) -> Any:
     """
     dtype_option = {"dtype" if part.startswith("text") else "torch_dtype": dtype}
     options = {"subfolder": part, "output_loading_info": True, **dtype_option}
+    if Path(place).is_dir() and not (Path(place) / part / "config.json").is_file():
+        raise OSError(f"it has no {part}/config.json")
     try:
         model, found = kind.from_pretrained(place, **options)
-    except OSError:
-        model, found = kind.from_pretrained(place, variant="fp16", **options)
+    except OSError as error:
+        try:
+            model, found = kind.from_pretrained(place, variant="fp16", **options)
+        except OSError:
+            raise OSError(f"{part}: {_first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise BaseModelError(f"{part} lacks {len(missing)} of its weights ({missing[0]}, ...)")
     return model

@@ -17,7 +17,7 @@ from typing import Any
 
 import lora_vision
 from lora_vision import config
-from lora_vision.arguments import near, parse
+from lora_vision.arguments import as_json, near, parse
 from lora_vision.errors import LoraVisionError
 
 PROGRAM = "lora-vision"
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text, data = command.run(settings)
         if MAIN_PROCESS:
-            sys.stdout.write((json.dumps(data, indent=2, default=str) if "json" in switches else text) + "\n")
+            sys.stdout.write((as_json(data) if "json" in switches else text) + "\n")
         if not (isinstance(data, dict) and data.get("ok") is False):
             return 0
         problem = str(data.get("problem", "failed"))

@@ -227,8 +227,13 @@ def _check(adapters: Sequence[tuple[Adapter, float]], how: str, recipe: Recipe) 
         raise AdapterError(
             "several adapters carry extras such as classifier heads, which cannot be summed; drop all but one"
         )
+    shapes: dict[str, tuple[int, ...]] = {}
     for adapter, _ in adapters:
         for name, factors in adapter.layers.items():
+            if factors.size is not None and shapes.setdefault(name, factors.size) != factors.size:
+                raise AdapterError(
+                    f"{name} is {shapes[name]} in one and {factors.size} in another: made for different bases"
+                )
             if factors.needs_base:
                 kind = type(factors).__name__
                 raise AdapterError(

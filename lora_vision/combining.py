@@ -16,7 +16,8 @@ from lora_vision.config import MergeConfig
 from lora_vision.errors import AdapterError
 from lora_vision.files import load_adapter, save_adapter
 from lora_vision.targets import match
-from lora_vision.voices import Voice, read_voices
+from lora_vision.voices import Voice, read_voices, refuse_overwriting
+from lora_vision.whole import check_place
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,12 @@ def merge(settings: MergeConfig) -> Merged:
         AdapterError: A file cannot be read, or the adapters cannot be combined in this way.
         BaseModelError: The base cannot be loaded.
     """
+    check_place(Path(settings.output))
+    if settings.rank is not None and settings.rank < 1:
+        raise AdapterError(f"--rank {settings.rank}; expected at least 1")
     voices = read_voices(settings.adapters)
+    for voice in voices:
+        refuse_overwriting(settings.output, voice.file)
     adapters = {voice.name: load_adapter(voice.file) for voice in voices}
     pairs = settings.how in ("klora", "ziplora")
     if pairs and (len(voices) != 2 or any(voice.layers for voice in voices)):

@@ -78,6 +78,16 @@ def read_voices(texts: Sequence[str], shelf: Mapping[str, list[Path]] | None = N
     return voices
 
 
+def refuse_overwriting(output: str | Path, source: str | Path) -> None:
+    """Nothing, unless what is to be written would take the place of what it is made of.
+
+    Raises:
+        AdapterError: They are one file or folder.
+    """
+    if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
+        raise AdapterError(f"--output {output} would overwrite what it is made of; choose another name")
+
+
 def read_tags(prompt: str) -> tuple[str, dict[str, float]]:
     """The prompt without its ``<lora:NAME:SCALE>`` tags, and the scale of each name in them (1 if left out).
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from lora_vision.arguments import documentation, near, parse
+from lora_vision.arguments import as_json, documentation, near, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +176,16 @@ def test_further_kinds_of_files_have_their_reader(tmp_path: Path) -> None:
     words = ["--config", write(tmp_path, "eggs.txt", "a b")]
     readers = {".txt": lambda path: {"eggs": path.read_text().split(), "pot": "p"}}
     assert parse(Settings, words, positional=["eggs"], readers=readers)[0].eggs == ("a", "b")
+
+
+def test_outcomes_are_json_that_every_reader_takes() -> None:
+    told = as_json({"loss": [1.5, float("nan")], "by step": {3: float("-inf")}, "file": Path("a"), "of": ("b", None)})
+    assert json.loads(told, parse_constant=lambda word: pytest.fail(f"{word} is no JSON")) == {
+        "loss": [1.5, None],
+        "by step": {"3": None},
+        "file": "a",
+        "of": ["b", None],
+    }
 
 
 def test_near_suggests_or_lists() -> None:

@@ -127,7 +127,7 @@ def refusal(name: str | Path) -> str:
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    assert "there is no base 'tinny'" in refusal("tinny")
+    assert "there is no base 'tinny', did you mean tiny?" in refusal("tinny")
     assert "there is no base" in refusal(tmp_path / "absent")
     assert "there is no base" in refusal("absent.safetensors")
     assert "nothing on the Hub" in refusal("nobody/no-such-model")
@@ -154,7 +154,10 @@ def test_folders_of_something_else_are_refused(tmp_path: Path, sd1_folder: Path)
     holed = tmp_path / "holed"
     shutil.copytree(sd1_folder, holed)
     (holed / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert "cannot be loaded" in refusal(holed)
+    assert "cannot be loaded: vae: " in refusal(holed)
+    shutil.rmtree(holed / "unet")
+    told = refusal(holed)
+    assert "cannot be loaded: it has no unet/config.json" in told and told.count("expected") == 1
 
 
 def changed(folder: Path, target: Path, part: str, **values: object) -> Path:

@@ -144,6 +144,9 @@ def test_history_knows_parents_by_their_hash(lora_vision: Run, ink: Path, tmp_pa
     listed = lora_vision("history", tmp_path)
     assert "of ink.safetensors (not here)" in listed.out
     assert lora_vision("history", tmp_path / "absent").code == 1
+    (tmp_path / "empty").mkdir()
+    assert lora_vision("history", tmp_path / "empty").out.startswith(f"{tmp_path / 'empty'}: no adapters")
+    assert lora_vision("history", tmp_path / "empty", "--json").json == []
 
 
 def test_two_runs_settings_are_diffed(lora_vision: Run, ink: Path) -> None:
@@ -199,7 +202,11 @@ def test_the_licence_of_the_bundled_pictures_is_known(tmp_path: Path) -> None:
     assert card.licence_of(tmp_path) == "cc-by-4.0"
 
 
-def test_pushing_without_a_network_says_so(ink: Path) -> None:
+def test_pushing_without_a_login_or_a_network_says_so(ink: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(LoraVisionError, match="you have to be logged in: `hf auth login`"):
+        card.push(ink, "ada/ink")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
     with pytest.raises(LoraVisionError, match="the Hub did not take ada/ink"):
         card.push(ink, "ada/ink")
     with pytest.raises(LoraVisionError, match="USER/NAME"):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Outcome
 
-from lora_vision import load_adapter
+from lora_vision import load_adapter, save_adapter
 from lora_vision.config import MergeConfig
+from lora_vision.factors import LowRank
 
 Run = Callable[..., Outcome]
 
@@ -56,6 +58,19 @@ def test_wrong_use_is_told(lora_vision: Run, sd1_adapters: tuple[Path, Path], tm
     assert "two --prompts" in lora_vision("merge", ink, gold, "--how", "ziplora", "--output", both).err
     assert "absent: there is no such file" in lora_vision("merge", "absent", "--output", both).err
     assert lora_vision("merge", ink, "--output", "both.bin").code == 2
+    assert (
+        "--rank 0; expected at least 1" in lora_vision("merge", ink, "--how", "svd", "--rank", 0, "--output", both).err
+    )
+    assert "ink.safetensors is a file already" in lora_vision("merge", ink, "--output", ink / "both.safetensors").err
+    other = replace(load_adapter(gold), layers={})
+    for name, factors in load_adapter(gold).layers.items():
+        assert isinstance(factors, LowRank)
+        other.layers[name] = LowRank(torch.ones(2, 999), torch.ones(999, 2), 2.0)
+    save_adapter(other, tmp_path / "other.safetensors")
+    assert "made for different bases" in lora_vision("merge", ink, tmp_path / "other.safetensors", "--output", both).err
     assert not both.exists()
+    kept = ink.read_bytes()
+    assert "would overwrite what it is made of" in lora_vision("merge", ink, gold, "--output", ink).err
+    assert ink.read_bytes() == kept
     with pytest.raises(ValueError, match="at least 1"):
         MergeConfig(adapters=("a",), output="b.safetensors", steps=0)

@@ -151,6 +151,10 @@ def test_the_command_draws_it(lora_vision: Run, tmp_path: Path) -> None:
         assert len(picture.getcolors(1 << 20) or ()) > 20
     assert "balanced at weights" in lora_vision("compare", *files).out
     assert lora_vision("compare", files[0], tmp_path / "c.png").code == 1
+    assert lora_vision("compare", *files, "--picture", "c.gif").code == 2
+    (tmp_path / "c.png").rename(tmp_path / "d.png")
+    refused = lora_vision("compare", *files, "--picture", tmp_path / "d.png" / "c.png")
+    assert refused.code == 1 and "d.png is a file already" in refused.err
 
 
 def _load(file: Path) -> Adapter:

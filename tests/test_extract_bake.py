@@ -140,8 +140,15 @@ def test_baking_is_told_in_header_and_folder(lora_vision: Run, sd1_folder: Path,
     assert single.fingerprint == load_base(tmp_path / "folder").fingerprint == told.json["fingerprint"]
     for config in (tmp_path / "folder").rglob("*.json"):
         assert str(tmp_path) not in config.read_text() and str(sd1_folder) not in config.read_text()
-    refused = lora_vision(*words, tmp_path / "folder")
-    assert refused.code == 1 and "is there already" in refused.err
+    for there in ("folder", "one.safetensors"):
+        before = lineage.sha256_of(tmp_path / there)
+        refused = lora_vision(*words, tmp_path / there)
+        assert refused.code == 1 and "is there already" in refused.err
+        assert lineage.sha256_of(tmp_path / there) == before
+    for there in ("folder", "one.safetensors"):
+        swapped = ["extract", sd1_folder, tmp_path / there, "--base-config", sd1_folder, "--output", tmp_path / "x"]
+        refused = lora_vision(*swapped)
+        assert refused.code == 1 and f"name the tuned model first ({tmp_path / there})" in refused.err
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

@@ -192,6 +192,9 @@ def test_the_command_tells_its_parent_and_the_new_rank(lora_vision: Run, tmp_pat
     assert born is not None and born.how == "resize" and born.settings == {"rank": 2}
     assert born.parents == ({"file": "big.safetensors", "sha256": lineage.sha256_of(file)},)
     assert next(iter(found.layers.values())).tensors()["down"].dtype == torch.float16
-    assert lora_vision("resize", file).code == 2
+    assert lora_vision("resize", file).code == 2 == lora_vision("resize", file, "--rank", 0).code
+    refused = lora_vision("resize", file, "--rank", 2, "--output", file)
+    assert refused.code == 1 and "would overwrite what it is made of" in refused.err
+    assert "kB is too small" in lora_vision("resize", file, "--size", "1kB", "--output", out).err
     assert "mean rank 8.0 -> 2.0, mean error" in str(resize(big(), Size(rank=2)))
     assert "mean error" in lora_vision("resize", file, "--energy", 0.9, "--output", out).out

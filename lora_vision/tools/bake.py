@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_vision import lineage, names
@@ -67,6 +68,21 @@ def provenance(base: Base, parents: Sequence[Mapping[str, Any]]) -> dict[str, st
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": " + ".join([stated["base"], *(f"{p['file']}:{p.get('scale', 1)}" for p in parents)]),
     }
+
+
+def made_of(place: str | Path) -> str | None:
+    """The fingerprint of the base that a baked folder or file was made of, where it tells one."""
+    path = Path(place)
+    try:
+        if path.is_dir():
+            told = dict(json.loads((path / PROVENANCE).read_text()))
+        else:
+            with safe_open(path, framework="pt") as file:
+                told = file.metadata() or {}
+    except (OSError, ValueError, SafetensorError):
+        return None
+    found = lineage.read(told)
+    return None if found is None else found.settings.get("base_fingerprint")
 
 
 def write_file(base: Base, path: str | Path, metadata: Mapping[str, str]) -> Path:

@@ -46,6 +46,7 @@ def write_card(file: str | Path, licence: str | None = None, output: str | Path 
     path = Path(output) if output is not None else (folder if folder.is_dir() else file.parent) / CARD
     if output is None and path.is_file() and "lora_vision" not in path.read_text(encoding="utf-8"):
         raise AdapterError(f"{path} is there and no model card; name another file with --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(card(file, licence), encoding="utf-8")
     return path
 
@@ -122,8 +123,10 @@ def push(file: str | Path, repo: str, *, licence: str | None = None, private: bo
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise LoraVisionError(f"--repo {repo}: USER/NAME is needed")
     found = bundle(file, licence)
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
+    if get_token() is None:
+        raise LoraVisionError(f"to upload to {repo} you have to be logged in: `hf auth login` once, or set HF_TOKEN")
     operations = [CommitOperationAdd(name, content) for name, content in found.items()]
     api = HfApi(library_name="lora_vision", library_version=__version__)
     try:
@@ -132,7 +135,7 @@ def push(file: str | Path, repo: str, *, licence: str | None = None, private: bo
     except Exception as error:  # the client raises what its HTTP library of the day raises
         told = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LoraVisionError(
-            f"the Hub did not take {repo}: {told}; is there a network, and did you log in?"
+            f"the Hub did not take {repo}: {told}; is there a network, and may you write there?"
         ) from error
     return str(done.commit_url)
 

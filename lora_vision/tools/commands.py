@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_vision import lineage
 from lora_vision.errors import LoraVisionError
 from lora_vision.tools import settings as s
-from lora_vision.whole import check_place
+from lora_vision.whole import check_place, write_whole
 
 if TYPE_CHECKING:
     from lora_vision.base import Base
@@ -46,10 +46,15 @@ def extract(config: s.ExtractConfig) -> tuple[str, Any]:
     """The adapter file that was written, and the error of each layer."""
     from lora_vision.base import load_base
     from lora_vision.files import save_adapter
+    from lora_vision.tools import bake as b
     from lora_vision.tools.extract import extract
 
     check_place(Path(config.output))
     tuned, base = (load_base(name, config=config.base_config) for name in (config.tuned, config.base))
+    if b.made_of(base.source) == tuned.fingerprint:
+        raise LoraVisionError(
+            f"{config.base} was baked out of {config.tuned}: name the tuned model first ({config.base}), then its base"
+        )
     rank = config.rank if config.rank == "auto" else int(config.rank)
     options: dict[str, Any] = {"clamp": config.clamp, "vectors": config.vectors, "dtype": _dtype(config.precision)}
     found = extract(tuned.parts, base.parts, rank, **options)
@@ -64,7 +69,10 @@ def resize(config: s.ResizeConfig) -> tuple[str, Any]:
     """The adapter file that was written, and what each layer lost."""
     from lora_vision.files import load_adapter, member, save_adapter
     from lora_vision.tools import resize as r
+    from lora_vision.voices import refuse_overwriting
 
+    refuse_overwriting(config.output, config.file)
+    check_place(Path(config.output))
     fields = ("rank", "energy", "dynamic_method", "dynamic_param")
     chosen = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
     told = chosen | ({"size": config.size} if config.size else {})
@@ -89,6 +97,8 @@ def bake(config: s.BakeConfig) -> tuple[str, Any]:
     check_place(Path(config.output), folder=not config.output.endswith(".safetensors"))
     voices = read_voices(config.adapter)
     adapters = [(load_adapter(voice.file), voice.scale) for voice in voices]
+    if Path(config.output).is_file():
+        raise LoraVisionError(f"{config.output} is there already; choose another name, or remove it first")
     base = load_base(config.base, config=config.base_config)
     b.bake(base, adapters)
     base.to("cpu", _dtype(config.precision))
@@ -104,6 +114,7 @@ def compare(config: s.CompareConfig) -> tuple[str, Any]:
     """How two adapters agree, and how much they will fight."""
     from lora_vision.base import load_base
     from lora_vision.files import load_adapter
+    from lora_vision.samples import png
     from lora_vision.tools.clash import moved
     from lora_vision.tools.compare import compare
 
@@ -120,7 +131,9 @@ def compare(config: s.CompareConfig) -> tuple[str, Any]:
     data = {"a": config.a, "b": config.b, **found.to_dict()}
     if config.picture is None or not found.layers:
         return str(found), data
-    found.picture([Path(config.a).stem, Path(config.b).stem]).save(config.picture)
+    picture = found.picture([Path(config.a).stem, Path(config.b).stem])
+    Path(config.picture).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(config.picture), png(picture))
     return f"{found}\nwrote {config.picture}", {**data, "picture": config.picture}
 
 
@@ -183,7 +196,8 @@ def history(config: s.HistoryConfig) -> tuple[str, Any]:
 
     if not config.diff:
         entries = h.history(config.folder)
-        return h.table(entries), h.to_dict(entries)
+        nothing = f"{config.folder}: no adapters (.safetensors) here or in folders below"
+        return h.table(entries) or nothing, h.to_dict(entries)
     folder = Path(config.folder)
     paths = [folder / name if (folder / name).exists() else Path(name) for name in config.diff]
     found = h.differences(*(h.settings_of(path) for path in paths))

@@ -81,7 +81,7 @@ def settings_of(file: str | Path) -> dict[str, Any]:
 
 
 def table(entries: list[Entry]) -> str:
-    """The entries for a person, one below the other."""
+    """The entries for a person, one below the other; nothing where there are none."""
     lines = []
     for entry in entries:
         facts = [
@@ -95,7 +95,7 @@ def table(entries: list[Entry]) -> str:
         ]
         about = f"{entry.changed}  {entry.how:8} {entry.bytes / 1e6:7.2f} MB  {entry.sha256[:12]}"
         lines += [entry.file, f"  {about}", f"  {', '.join(fact for fact in facts if fact)}".rstrip()]
-    return "\n".join(line for line in lines if line) or "no adapters here"
+    return "\n".join(line for line in lines if line)
 
 
 def to_dict(entries: list[Entry]) -> list[dict[str, Any]]:

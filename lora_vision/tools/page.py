@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from lora_vision.arguments import as_json
 from lora_vision.sheet import sheet
 from lora_vision.tools import places, plots
 from lora_vision.tools.account import Account
@@ -75,7 +75,7 @@ def write(
         picture.save(folder / f"{name}.png")
     told = {"file": inspection.to_dict(), "account": account.to_dict()}
     told |= {} if found is None else {"trials": found.to_dict()}
-    (folder / "report.json").write_text(json.dumps(told, indent=1) + "\n")
+    (folder / "report.json").write_text(as_json(told) + "\n")
     page = folder / "index.html"
     page.write_text(_page(inspection, account, found, base, pictures), encoding="utf-8")
     return page

@@ -202,7 +202,7 @@ def _spend(adapter: Adapter, spectra: Mapping[str, Spectrum], most: Mapping[str,
     least = len(header) + sum(len(piece) for piece in pieces)
     left = size.size - least - 8 * len(ranks)  # offsets in the header grow by a few digits
     if left < 0:
-        raise AdapterError(f"{size.size / 1e6:.2f} MB is too small: rank 1 everywhere takes {least / 1e6:.2f} MB")
+        raise AdapterError(f"{size.size / 1e3:.3g} kB is too small: rank 1 everywhere takes {least / 1e3:.3g} kB")
     for _, name in sorted(offers, key=lambda offer: -offer[0]):
         if cost[name] <= left:
             left -= cost[name]

@@ -68,6 +68,8 @@ class ResizeConfig:
             )
         if (self.dynamic_method is None) != (self.dynamic_param is None):
             raise ValueError("--dynamic-method and --dynamic-param go together")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"--rank {self.rank}: at least 1 is needed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,10 @@ class CompareConfig:
     multiply its weights, can only be compared with it."""
     base_config: str | None = None
     """For a single checkpoint without network: a diffusers folder of the same kind of model."""
+
+    def __post_init__(self) -> None:
+        if self.picture is not None and not self.picture.lower().endswith(".png"):
+            raise ValueError(f"--picture {self.picture}: a name ending in .png is needed")
 
 
 @dataclass(frozen=True, kw_only=True)
