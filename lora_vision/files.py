@@ -71,12 +71,13 @@ def load_adapter(path: str | Path, *, strict: bool = True, allow_pickle: bool = 
 def _locate(path: Path) -> Path | list[Path]:
     """Returns the file to open, or the folders of a pipeline's parts."""
     try:
-        if path.is_file():
-            return path
-        if not path.is_dir():
-            raise AdapterError(f"{path}: no such file; expected a .safetensors file or a folder with an adapter")
+        file, folder = path.is_file(), path.is_dir()
     except (OSError, ValueError) as error:
         raise AdapterError(f"{str(path)!a}: cannot be opened ({error})") from None
+    if file:
+        return path
+    if not folder:
+        raise AdapterError(f"{path}: no such file; expected a .safetensors file or a folder with an adapter")
     if member := next((path / name for name in _MEMBERS if (path / name).is_file()), None):
         return member
     if parts := [path / part for part in names.PARTS if (path / part / _MEMBERS[0]).is_file()]:
