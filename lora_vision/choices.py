@@ -8,8 +8,10 @@ from PIL import Image
 
 from lora_vision.base import Base
 from lora_vision.blend import Blend
+from lora_vision.files import load_adapter
 from lora_vision.samples import draw
 from lora_vision.sheet import sheet
+from lora_vision.words import teach
 
 WEIGHTS = (0.5, 0.75, 1.0, 1.25)
 MOST = 6
@@ -30,9 +32,11 @@ def choices(base: Base, folder: Path, prompt: str, *, seed: int, resolution: int
     kept = [found[len(found) * (number + 1) // spread - 1] for number in range(spread)]
     rows: list[list[Image.Image]] = []
     for path in kept:
+        adapter = load_adapter(path)
+        teach(base.parts, base.tokenizers, [adapter])
         blend = Blend(base.parts)
         try:
-            blend.load(path, name="kept")
+            blend.load(adapter, name="kept")
             rows.append([])
             for weight in WEIGHTS:
                 blend.set({"kept": weight})

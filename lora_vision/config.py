@@ -192,6 +192,8 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
     """Compile the UNet (torch.compile): minutes at the beginning for faster steps afterwards, on a GPU."""
     train_text: bool = False
     """Adapt the text encoder(s) too."""
+    new_tokens: int = 0
+    """Learn so many new tokens for the trigger with the adapter (pivotal tuning); it must be a word of its own."""
     max_norm: float = 0.0
     """Largest norm of a layer's change, as kohya's scale_weight_norms; 0 leaves them alone."""
     sample_prompts: tuple[str, ...] = ()
@@ -203,7 +205,7 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
         least = dict.fromkeys(("steps", "batch_size", "accumulate", "rank"), 1) | {"resolution": 8}
         least |= dict.fromkeys(("holdout", "noise_offset", "input_perturbation", "warmup", "weight_decay", "clip"), 0)
         least |= dict.fromkeys(("validate_every", "sample_every", "checkpoint_every", "keep_tags", "max_norm"), 0)
-        least |= dict.fromkeys(("ema", "patience"), 0)
+        least |= dict.fromkeys(("ema", "patience", "new_tokens"), 0)
         shares = ("ema", "holdout", "warmup", "drop_tags", "drop_captions", "rank_dropout", "module_dropout")
         least |= dict.fromkeys((*shares, "prior_weight"), 0)
         for name, lowest in least.items():
@@ -218,6 +220,10 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
             raise ValueError(f"--up-rate {self.up_rate}: {self.variant} has no up matrices")
         if self.variant == "pissa" and self.max_norm:
             raise ValueError(f"--max-norm {self.max_norm}: a pissa change is a difference, which cannot be limited")
+        if self.new_tokens and self.format != "kohya":
+            raise ValueError(
+                f"--format {self.format} has no place for new tokens; use kohya, or leave out --new-tokens"
+            )
         if self.optimizer == "schedulefree" and (self.ema or self.max_norm):
             raise ValueError("--optimizer schedulefree averages the weights itself: leave out --ema and --max-norm")
         if not self.output.endswith(".safetensors"):
@@ -258,6 +264,13 @@ class GenerateConfig:
     """What scales are multiplied by while denoising: ink=linear:1:0, or linear:1:0 for all adapters. Kinds: constant:X,
     linear:FROM:TO, cosine:FROM:TO (1 to 0 if left out), window:BEGIN:END (from 0 to 1), list:X:X:...; for all adapters
     also switch:STEPS (they take turns) and klora (layers of the first, the subject, pass to the second, the style)."""
+    how: Literal["sum", "composite", "switch", "klora"] = "sum"
+    """How several adapters meet: their changes are added up (sum), what the model predicts under each is averaged
+    (composite), they take turns by steps (switch), or layers pass from the first, the subject, to the second, the style
+    (klora)."""
+    region: tuple[str, ...] = ()
+    """What sounds in a part of the picture, and perhaps a prompt of its own: "left=an owl <lora:ink:0.8>". Parts: left,
+    right, top, bottom, middle, or a picture that is white there; elsewhere the prompt and --adapter hold."""
     sweep: tuple[str, ...] = field(default=(), metadata={"several": True})
     """Draw one sheet over scales of one adapter or two: ink=0,0.25,...,1 gold=0,1."""
     seed: int = 0
@@ -284,6 +297,10 @@ class GenerateConfig:
             raise ValueError(f"--output {self.output}: a name ending in .png is needed")
         if self.grid and self.sweep:
             raise ValueError("--grid and --sweep are two kinds of sheet: choose one")
+        if self.region and (self.grid or self.sweep or self.how == "composite"):
+            raise ValueError(
+                "--region has its own adapters in its place: it goes without --grid, --sweep and composite"
+            )
         if self.count < 1:
             raise ValueError(f"--count {self.count}: at least 1 is needed")
         if self.steps is not None and self.steps < 1:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ from lora_vision.config import GenerateConfig
 from lora_vision.errors import DataError, LoraVisionError
 from lora_vision.files import load_adapter
 from lora_vision.lineage import sha256_of
+from lora_vision.regions import Region, composite
 from lora_vision.samples import to_pictures
 from lora_vision.schedules import Schedule
 from lora_vision.sheet import sheet
 from lora_vision.voices import (
+    PLACES,
     Voice,
+    read_parts,
     read_schedules,
     read_shelf,
     read_sweeps,
@@ -35,11 +38,15 @@ from lora_vision.voices import (
     read_voices,
     with_named,
 )
+from lora_vision.words import teach
 
 logger = logging.getLogger(__name__)
 
 KEY = "lora_vision"
 """The PNG text chunk that holds the recipe; `parameters` holds the same in A1111's words."""
+
+SHARED = ("switch", "klora")
+"""Ways in which adapters meet that are schedules of them all."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,15 +83,17 @@ class Studio:
     def __init__(self, config: GenerateConfig) -> None:
         """The base, loaded and moved to the GPU if there is one; adapters are read first, since that takes no time."""
         self.sweeps = read_sweeps(config.sweep)
-        tags = {prompt: read_tags(prompt)[1] for prompt in config.prompts}
+        self.parts = read_parts(config.region)
+        tags = [read_tags(prompt)[1] for prompt in config.prompts] + [part.scales for part in self.parts]
         shelf = read_shelf(config.adapter_dir)
         self.voices = with_named(
             read_voices(config.adapter, shelf),
-            [*(name for each in tags.values() for name in each), *self.sweeps],
+            [*(name for each in tags for name in each), *self.sweeps],
             shelf,
         )
         self.adapters = {voice.name: load_adapter(voice.file) for voice in self.voices}
-        self.schedules = {tuple(self.adapters): read_schedules(config.schedule, self.adapters)}
+        self.plans = (*config.schedule, config.how) if config.how in SHARED else config.schedule
+        self.schedules = {tuple(self.adapters): read_schedules(self.plans, self.adapters)}
         cuda = torch.cuda.is_available()
         precision = config.precision if config.precision != "auto" else "fp16" if cuda else "fp32"
         base = load_base(config.base, config=config.base_config)
@@ -97,6 +106,7 @@ class Studio:
             guidance=base.recipe.guidance if config.guidance is None else config.guidance,
             size=config.size or f"{side}x{side}",
         )
+        teach(base.parts, base.tokenizers, self.adapters.values())
         self.pipe: Any = base.pipeline()
         self.blend = Blend(self.pipe)
         for name, adapter in self.adapters.items():
@@ -158,15 +168,24 @@ class Studio:
         """What stands beside the row of each shot."""
         return [prompt if self.config.count == 1 else f"{prompt} ({seed})" for prompt, seed in shots]
 
-    def scheduled(self, scales: Mapping[str, Weight]) -> dict[str, Schedule]:
+    def regions(self, scales: Mapping[str, Weight]) -> list[Region]:
+        """The regions of a picture: those asked for, or one for each of several adapters that are composed."""
+        if self.config.how == "composite" and len(scales) > 1:
+            return composite(scales)
+        voices = {voice.name: voice for voice in self.voices}
+        return [
+            Region({name: voices[name].weight(scale) for name, scale in part.scales.items()}, part.mask, part.prompt)
+            for part in self.parts
+        ]
+
+    def scheduled(self, sounding: Collection[str]) -> dict[str, Schedule]:
         """The schedules of what sounds; one adapter alone neither takes turns nor shares out layers."""
-        sounding = {name for name, weight in scales.items() if weight}
         names = tuple(name for name in self.adapters if name in sounding)
         if names not in self.schedules:
-            shared = ("switch", "klora") if len(names) < 2 else ()
+            shared = SHARED if len(names) < 2 else ()
             texts = [
                 text
-                for text in self.config.schedule
+                for text in self.plans
                 if text.partition(":")[0] not in shared and text.rpartition("=")[0] in ("", *names)
             ]
             self.schedules[names] = read_schedules(texts, {name: self.adapters[name] for name in names})
@@ -181,9 +200,12 @@ class Studio:
             LoraVisionError: Where the picture holds NaN or infinity, which viewers show as black.
         """
         width, height = self.config.pixels() or (None, None)
+        scales = {name: weight for name, weight in scales.items() if weight}
         if scales.keys() != self.blend.scales.keys():
             self.blend.set({})  # the stack in order of names: what was drawn before leaves no trace in the rounding
-        self.blend.set(scales, schedule=self.scheduled(scales))
+        regions = self.regions(scales)
+        sounding = {*scales, *(name for region in regions for name in region.adapters)}
+        self.blend.set(scales, schedule=self.scheduled(sounding), regions=regions)
         latents = self.pipe(
             prompt=read_tags(prompt)[0],
             negative_prompt=self.config.negative,
@@ -219,9 +241,12 @@ class Studio:
     def recipe(self, config: GenerateConfig, voices: Sequence[Voice]) -> dict[str, Any]:
         """All that is needed to draw a picture again: settings, and what the files and libraries were."""
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
+        inside = {name for part in self.parts for name in part.scales} - {voice.name for voice in voices}
+        elsewhere = [voice for voice in self.voices if voice.name in inside]
         return {
             "config": settings,
-            "adapters": [dataclasses.asdict(voice) for voice in voices],
+            "adapters": [dataclasses.asdict(voice) for voice in (*voices, *elsewhere)],
+            "masks": {part.place: sha256_of(part.place) for part in self.parts if part.place not in PLACES},
             "base": {"name": config.base, "family": self.base.family, "fingerprint": self.base.fingerprint},
             "sampler": type(self.pipe.scheduler).__name__,
             "device": self.base.device.type,
@@ -259,7 +284,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
             recipe: dict[str, Any] = json.loads(picture.info[KEY])
     except (OSError, KeyError, ValueError) as error:
         raise DataError(f"{path} is no picture drawn by `lora-vision generate`: it has no recipe") from error
-    for voice in recipe["adapters"]:
-        if Path(voice["file"]).exists() and sha256_of(voice["file"]) != voice["sha256"]:
-            logger.warning("%s is no longer the file that %s was drawn with", voice["file"], path)
+    files = {voice["file"]: voice["sha256"] for voice in recipe["adapters"]} | recipe.get("masks", {})
+    for file, sha256 in files.items():
+        if Path(file).exists() and sha256_of(file) != sha256:
+            logger.warning("%s is no longer the file that %s was drawn with", file, path)
     return recipe

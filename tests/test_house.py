@@ -19,7 +19,7 @@ SOURCES = [*LIBRARY, *(ROOT / "train_scripts").glob("*.py"), *(ROOT / "pipelines
 WINGS = (
     "errors whole config arguments",
     "names targets factors replacement adapter spectrum lineage approximate layers gains stack trained inject formats "
-    "files klora combine report",
+    "files klora combine report words",
     "tiny base data metadata buckets captions cache encoding survey sheet charts batches losses samples "
     "optimizers training",
     "schedules regions conduct blend choices blending voices generate ziplora combining tools vit cli __main__",

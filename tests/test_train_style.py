@@ -150,6 +150,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": "adafactor", "variant": "dora", "ema": 0.9},
     "prodigy": {"optimizer": "prodigy", "learning_rate": None, "rank_dropout": 0.2},
     "schedulefree": {"optimizer": "schedulefree", "keep": "best"},
+    "new word": {"new_tokens": 2, "trigger": "inkish", "ema": 0.5},
     "data": {"flip": True, "shuffle_tags": True, "drop_captions": 0.3, "prior": "base", "trigger": "ink"},
 }
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from lora_vision import lineage, names
 from lora_vision.adapter import Adapter
-from lora_vision.base import Base, load_base
+from lora_vision.base import Base, TextStates, load_base
 from lora_vision.batches import StyleBatch, StyleBatches
 from lora_vision.buckets import by_size
 from lora_vision.cache import Cache
@@ -49,12 +49,15 @@ from lora_vision.tools.resize import Size, resize
 from lora_vision.trained import limit_norms, silenced
 from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, put, weight_dtype
 from lora_vision.whole import check_writable, write_whole
+from lora_vision.words import NewWord
 
 logger = logging.getLogger(__name__)
 
 OUTSIDE = ("data", "output", "base", "base_config", "cache", "resume", "checkpoint_every", "sample_every")
 NOT_IN_FILE = (*OUTSIDE, "sample_prompts", "prior", "tracker", "compile")
 MAY_CHANGE = (*NOT_IN_FILE, "steps", "validate_every", "patience", "keep", "format")
+TOKEN_RATE = 5.0
+"""Learning rate of new tokens over that of the adapter (cloneofsimo's pivotal tuning: 5e-4 and 1e-4)."""
 ENERGIES = (0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
 
 
@@ -67,7 +70,7 @@ def run(config: StyleConfig) -> Path:
     """
     output = Path(config.output).expanduser()
     folder = output.with_name(f"{output.stem}-training")
-    accelerator = make_accelerator(config, folder=folder, unused_parameters=config.train_text)
+    accelerator = make_accelerator(config, folder=folder, unused_parameters=learns_words(config))
     pictures = to_learn_from(config)
     check_writable(output, folder)
     dtype = weight_dtype(accelerator)
@@ -80,35 +83,55 @@ def run(config: StyleConfig) -> Path:
         tell(config, base, pictures)
     samples, held_out = encoded(config, base, pictures, schedule, accelerator)
     adapted = base.parts if config.train_text else {"unet": base.unet}
+    word = (
+        NewWord(base.parts, base.tokenizers, pictures.trigger or "", config.new_tokens) if config.new_tokens else None
+    )
     change = lora_config(config, base)
-    parameters = inject(adapted, change)
+    parameters, speeds = inject(adapted, change), rates(adapted, change)
+    if word is not None:
+        parameters += word.parameters()
+        speeds += [1.0 if config.optimizer == "prodigy" else TOKEN_RATE] * len(word.rows)
+    now = partial(collected, adapted, word)
     made = metadata(config, base, pictures, NOT_IN_FILE)
     prompts = shown_prompts(config, pictures)
     job = Job(
-        loss=diffusion_loss(config, base, schedule, adapted),
+        loss=diffusion_loss(config, base, schedule, adapted, word),
         parameters=parameters,
-        rates=rates(adapted, change),
+        rates=speeds,
         after_step=partial(limit_norms, names.index(adapted), config.max_norm) if config.max_norm else None,
         batch=samples,
         held_out=held_out,
-        sample=sampler(config, base, prompts, adapted, made, folder, accelerator),
+        sample=sampler(config, base, prompts, now, made, folder, accelerator),
         folder=folder,
         identity=identity(config, base, pictures),
         patience=config.patience,
     )
     fitted = fit(job, config, accelerator)
     if accelerator.is_main_process:
-        found = results(adapted, parameters, fitted)
+        found = results(now, parameters, fitted)
         if config.rank == "auto":
             with accelerator.autocast():
                 found = slimmed(found, adapted, job)
         save(config, found, fitted, made | parent(fitted, output, folder), output, folder)
         if config.sample_every:
             detach(adapted)
+            if word is not None:
+                word.detach()
             with accelerator.autocast():
                 draw_choices(config, base, prompts[0], folder)
     accelerator.wait_for_everyone()
     return output
+
+
+def learns_words(config: StyleConfig) -> bool:
+    """Whether captions are read anew at every step, by text encoders that change."""
+    return config.train_text or config.new_tokens > 0
+
+
+def collected(adapted: dict[str, nn.Module], word: NewWord | None) -> Adapter:
+    """What is trained, as it is now."""
+    adapter = collect(adapted)
+    return adapter if word is None else replace(adapter, extras=word.extras())
 
 
 def to_learn_from(config: StyleConfig) -> PictureSet:
@@ -117,6 +140,8 @@ def to_learn_from(config: StyleConfig) -> PictureSet:
     train = pictures.train
     if config.prior == "base" and not pictures.trigger:
         raise DataError("--prior base keeps the base's answers to captions without the trigger; give a --trigger")
+    if config.new_tokens and not pictures.trigger:
+        raise DataError("--new-tokens are learnt for the trigger; give a --trigger")
     if config.prior not in (None, "base"):
         kept = read_pictures(config.prior, holdout=0).train
         often = max(1, round(len(train) / len(kept)))  # half of what is shown, as DreamBooth has it
@@ -148,7 +173,7 @@ def encoded(
     how = Encoding(
         resolution=config.resolution,
         upscale=config.upscale,
-        keep_captions=config.train_text or wording is not None,
+        keep_captions=learns_words(config) or wording is not None,
         prior_weight=config.prior_weight,
         plain_of=(pictures.trigger or "") if config.prior == "base" else None,
         cache=Cache(config.cache),
@@ -178,7 +203,11 @@ def lora_config(config: StyleConfig, base: Base) -> LoraConfig:
 
 
 def diffusion_loss(
-    config: StyleConfig, base: Base, schedule: NoiseSchedule, adapted: dict[str, nn.Module]
+    config: StyleConfig,
+    base: Base,
+    schedule: NoiseSchedule,
+    adapted: dict[str, nn.Module],
+    word: NewWord | None = None,
 ) -> DiffusionLoss:
     """The loss that holds every module with trained weights."""
     if config.gradient_checkpointing:
@@ -187,11 +216,18 @@ def diffusion_loss(
     if config.compile:
         base.unet.compile()
     encoders = nn.ModuleDict({name: part for name, part in adapted.items() if name != "unet"})
+    encode_text = base.encode_text
+    if word is not None:
+        encoders["new word"] = word
+
+        def encode_text(captions: Sequence[str]) -> TextStates:
+            return base.encode_text([word.spell(caption) for caption in captions])
+
     return DiffusionLoss(
         base.unet,
         schedule,
         objective=config,
-        encode_text=base.encode_text,
+        encode_text=encode_text,
         encoders=encoders,
         prior_weight=config.prior_weight,
         silenced=partial(silenced, adapted),
@@ -202,7 +238,7 @@ def sampler(
     config: StyleConfig,
     base: Base,
     prompts: Sequence[str],
-    adapted: dict[str, nn.Module],
+    now: Callable[[], Adapter],
     made: dict[str, str],
     folder: Path,
     accelerator: Accelerator,
@@ -219,7 +255,7 @@ def sampler(
             samples(step)
         if step:
             path = folder / "samples" / f"{step:06}.safetensors"
-            save_adapter(with_step(collect(adapted), made, step), path, format=config.format)
+            save_adapter(with_step(now(), made, step), path, format=config.format)
 
     return sample
 
@@ -245,13 +281,13 @@ def identity(config: StyleConfig, base: Base, pictures: PictureSet) -> dict[str,
 
 
 def results(
-    adapted: dict[str, nn.Module], parameters: Sequence[nn.Parameter], fitted: Fitted
+    now: Callable[[], Adapter], parameters: Sequence[nn.Parameter], fitted: Fitted
 ) -> dict[str, tuple[Adapter, int]]:
     """The adapter after the last step and the best one on held-out pictures, each with its number of steps."""
-    found = {"last": (collect(adapted), len(fitted.history.losses))}
+    found = {"last": (now(), len(fitted.history.losses))}
     if fitted.best is not None and fitted.history.best_step is not None:
         put(parameters, fitted.best)
-        found["best"] = (collect(adapted), fitted.history.best_step)
+        found["best"] = (now(), fitted.history.best_step)
     return found
 
 
