@@ -98,9 +98,13 @@ def test_diffusers_header_field_carries_alpha(tmp_path: Path) -> None:
         "unet.base_model.model.{}.to_out.0.lora.{}.weight",
         "unet.{}.to_out.0.lora.{}.weight",
         "unet.{}.to_out.0.lora_linear_layer.{}.weight",
+        "unet.{}.processor.to_out.0.lora.{}.weight",
+        "unet._orig_mod.{}.to_out.0.lora.{}.weight",
+        "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0.lora.{1}.weight",
         "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0.lora_{1}.weight",
         "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_{1}.weight",
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0.lora_{1}.weight",
+        "lora_unet__orig_mod_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0.lora_{1}.weight",
         "lycoris_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_{1}.weight",
     ],
 )
@@ -128,6 +132,19 @@ def test_reads_every_spelling_of_a_text_layer(spelling: str, tmp_path: Path) -> 
     pair = {"down": torch.ones(4, 16), "up": torch.ones(16, 4)}
     save_file({spelling.format(leaf): tensor for leaf, tensor in pair.items()}, tmp_path / "a.safetensors")
     assert list(load_adapter(tmp_path / "a.safetensors").layers) == [TEXT]
+
+
+def test_one_layer_is_named_once(tmp_path: Path) -> None:
+    tensors = {f"unet.{wrapper}conv_in.lora_A.weight": torch.ones(2, 4, 3, 3) for wrapper in ("", "_orig_mod.")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="same tensors"):
+        load_adapter(tmp_path / "a.safetensors")
+
+
+def test_reads_the_merged_weights_of_ziplora(tmp_path: Path) -> None:
+    change = Maker().tensor(16, 16)
+    save_file({f"{LINEAR}.lora.weight": change}, tmp_path / "a.safetensors")
+    assert torch.equal(load_adapter(tmp_path / "a.safetensors").layers[LINEAR].delta(), change)
 
 
 def test_one_file_may_mix_spellings(tmp_path: Path) -> None:
@@ -163,6 +180,11 @@ def test_reads_the_attention_processors_of_2023(prefix: str, tmp_path: Path) -> 
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "FLUX"),
         ("lora_controlnet", "control-LoRA"),
         ("emb_params", "textual inversion"),
+        ("<cat>", "textual inversion"),
+        ("transformer_blocks.0.attn1.processor.to_q_lora.down.weight", "Kandinsky prior"),
+        ("down_blocks.1.attentions.0.processor.add_k_proj_lora.down.weight", "Kandinsky 2.2"),
+        ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "transformer"),
+        ("base_model.model.single_transformer_blocks.0.attn.to_q.lora_A.weight", "transformer"),
         ("w_a_000", "LoRA-ViT"),
     ],
 )
@@ -226,17 +248,17 @@ def test_cloneofsimo_numbers_follow_the_old_order(tmp_path: Path) -> None:
         inp = 12 if path.endswith(("attn2.to_k", "attn2.to_v")) else 16
         tensors[f"unet:{number}:down"] = make.tensor(2, inp)
         tensors[f"unet:{number}:up"] = make.tensor(128 if "ff" in path else 16, 2)
-    tensors["<s1>"] = make.tensor(16)
-    save_file(
-        tensors, tmp_path / "a.safetensors", {"unet": '["CrossAttention", "Attention", "GEGLU"]', "<s1>": "<embed>"}
-    )
+    tensors |= {"<s1>": make.tensor(16), "inky": make.tensor(16)}
+    classes = '["CrossAttention", "Attention", "GEGLU"]'
+    save_file(tensors, tmp_path / "a.safetensors", {"unet": classes, "<s1>": "<embed>", "inky": "<embed>"})
     adapter = load_adapter(tmp_path / "a.safetensors")
     assert set(adapter.layers) == {f"unet.{path}" for path in order}
     assert adapter.layers[f"unet.{order[6]}"].scale == 1
-    assert set(adapter.extras) == {"embedding.<s1>.text_encoder"}
+    assert set(adapter.extras) == {"embedding.<s1>.text_encoder", "embedding.inky.text_encoder"}
     pairs = [tensors[f"unet:{number}:{side}"] for number in range(144) for side in ("up", "down")]
     torch.save(pairs, tmp_path / "a.pt")
     assert_same(load_adapter(tmp_path / "a.pt", allow_pickle=True), Adapter(adapter.layers))
+    del tensors["inky"]  # without the header nothing tells what it is
     shifted = {**tensors, **{f"unet:6:{side}": tensors[f"unet:4:{side}"].clone() for side in ("up", "down")}}
     save_file(shifted, tmp_path / "b.safetensors")
     with pytest.raises(AdapterError, match="the pair at the place of"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapters import Maker, assert_same
 from models import tiny_text_encoder, tiny_tokenizer, tiny_unet
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -48,11 +51,26 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     ),
     "lokr-full": ("unet", LoKrConfig(r=64, alpha=32, target_modules=["to_q", "to_out.0"])),
     "ia3": ("unet", IA3Config(target_modules=["to_k", "ff.net.2", "to_out.0"], feedforward_modules=["ff.net.2"])),
+    "ia3-conv": (
+        "unet",
+        IA3Config(target_modules=["to_k", "conv1", "time_emb_proj", "proj"], feedforward_modules=["proj"]),
+    ),
     "text": ("text_encoder", LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "fc1"])),
     "embedding": ("text_encoder", LoraConfig(r=4, lora_alpha=6, target_modules=["token_embedding", "v_proj"])),
+    "embedding-alone": ("text_encoder", LoraConfig(r=4, lora_alpha=6, target_modules=["token_embedding"])),
+    "embedding-dora": (
+        "text_encoder_2",
+        LoraConfig(r=4, lora_alpha=6, target_modules=["token_embedding", "v_proj"], use_dora=True),
+    ),
+    "text-2": ("text_encoder_2", LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "text_projection"])),
+    "vit-bias-all": (
+        "vit",
+        LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], modules_to_save=["classifier"], bias="all"),
+    ),
     "vit": ("vit", LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])),
 }
-WRITTEN = {"lora", "rslora", "dora", "patterns", "loha", "ia3", "saved"}
+WRITTEN = {"lora", "rslora", "dora", "patterns", "loha", "ia3", "ia3-conv", "saved", "bias-only", "bias-all"}
+WRITTEN |= {"embedding-dora", "text-2"}
 
 
 def model(part: str) -> nn.Module:
@@ -60,7 +78,8 @@ def model(part: str) -> nn.Module:
     if part == "vit":
         size = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         return ViTForImageClassification(ViTConfig(**size, intermediate_size=24)).eval()
-    return (tiny_unet() if part == "unet" else tiny_text_encoder(tiny_tokenizer())).eval()
+    two = part == "text_encoder_2"
+    return (tiny_unet() if part == "unet" else tiny_text_encoder(tiny_tokenizer(), projection=two)).eval()
 
 
 def forward(part: str, found: nn.Module) -> torch.Tensor:
@@ -68,8 +87,13 @@ def forward(part: str, found: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         if part == "vit":
             return found(torch.randn(1, 3, 16, 16, generator=generator)).logits
-        if part == "text_encoder":
-            return found(torch.arange(8)[None]).last_hidden_state
+        if part.startswith("text_encoder"):
+            out = found(torch.arange(8)[None])
+            return (
+                out.last_hidden_state
+                if part == "text_encoder"
+                else torch.cat([*out.last_hidden_state, out.text_embeds])
+            )
         states = torch.randn(1, 5, 16, generator=generator)
         return found(torch.randn(1, 4, 16, 16, generator=generator), 7, states).sample
 
@@ -104,6 +128,7 @@ def test_peft_and_we_compute_the_same(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
     if kind in WRITTEN:
         save_adapter(adapter, tmp_path / "ours", "peft")
+        assert load_adapter(tmp_path / "ours").layers.keys() == adapter.layers.keys()
         again = PeftModel.from_pretrained(model(part), str(tmp_path / "ours")).eval()
         assert (forward(part, again) - expected).abs().max() <= 1e-5 * scale
 
@@ -127,6 +152,41 @@ def test_settings_that_change_the_meaning_are_refused(setting: dict[str, Any], t
     path.write_text(json.dumps(json.loads(path.read_text()) | setting))
     with pytest.raises(AdapterError, match=r"pissa|transposed|VERA"):
         load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_alpha": 10**400},
+        {"auto_mapping": [1]},
+        {"rank_pattern": [4]},
+        {"rank_pattern": {"(a+)+b": 4}},
+        {"alpha_pattern": {"(": 4}},
+        {"alpha_pattern": {"a{99999999999999}": 4}},
+        {"alpha_pattern": {"to_q": "much"}},
+        {"peft_type": "IA3", "feedforward_modules": 7},
+        {"peft_type": "IA3", "feedforward_modules": "("},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    leaves = ["ia3_l"] if "peft_type" in settings else ["lora_A.weight", "lora_B.weight"]
+    stem = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{stem}.{leaf}": torch.ones(4, 4) for leaf in leaves}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4} | settings
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"settings|auto_mapping"):
+        load_adapter(tmp_path)
+
+
+def test_a_rank_for_each_of_many_layers_is_looked_up_at_once(tmp_path: Path) -> None:
+    make = Maker()
+    block = "unet.down_blocks.{}.attentions.{}.transformer_blocks.{}.attn{}.to_{}"
+    numbers = itertools.product(range(3), range(3), range(10), "12", "qkv")
+    layers = {block.format(*n): make.lora(4, 4, 1 + at % 5, 0.1 + at) for at, n in enumerate(numbers)}
+    save_adapter(Adapter(layers), tmp_path, "peft")
+    begin = time.process_time()
+    assert_same(load_adapter(tmp_path), Adapter(layers))
+    assert time.process_time() - begin < 1, "as it took when every layer tried every pattern"
 
 
 def test_a_whole_clip_and_an_old_head_are_understood(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from lora_vision.errors import AdapterError
 from lora_vision.formats import cloneofsimo, diffusers, kohya, native, peft
 from lora_vision.formats.reading import Reading
 
@@ -35,17 +36,28 @@ def read(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[str |
     """
     shares: dict[str, dict[str, Any]] = {}
     found = Reading()
-    for key, tensor in tensors.items():
-        owner = next((name for name, codec in CODECS.items() if codec.matches(key)), None)
-        if owner is None:
-            found.unknown.append(key)
+    for key, tensor in _uncompiled(tensors).items():
+        for name, codec in CODECS.items():
+            if codec.matches(key) or (codec is cloneofsimo and metadata.get(key) == cloneofsimo.EMBEDDING):
+                shares.setdefault(name, {})[key] = tensor
+                break
         else:
-            shares.setdefault(owner, {})[key] = tensor
+            found.unknown.append(key)
     for name, share in shares.items():
         reading: Reading = CODECS[name].read(share, metadata)
         found = reading if len(shares) == 1 and not found.unknown else _merged(found, reading)
     counts = Counter({name: len(share) for name, share in shares.items()})
     return (counts.most_common(1)[0][0] if counts else None), found
+
+
+def _uncompiled(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the tensors by the keys they have without the wrapper of `torch.compile`, `_orig_mod`."""
+    if not any("_orig_mod" in key for key in tensors):
+        return tensors
+    plain = {key.replace("_orig_mod.", "").replace("_orig_mod_", ""): tensor for key, tensor in tensors.items()}
+    if len(plain) != len(tensors):
+        raise AdapterError("keys of a compiled and of a plain model name the same tensors; expected one of them")
+    return plain
 
 
 def _merged(found: Reading, reading: Reading) -> Reading:

@@ -18,6 +18,7 @@ from lora_vision.formats.reading import Reading
 
 _KEY = re.compile(r"^(unet|text_encoder):(\d{1,5}):(up|down)$")
 _TOKEN = re.compile(r"^<.{1,64}>$")
+EMBEDDING = "<embed>"  # what the header says of a learnt token
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -52,6 +53,8 @@ def read(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Reading:
             numbered.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = tensor
         else:
             found.extras[f"embedding.{key}.text_encoder"] = tensor
+    if not numbered:  # learnt tokens alone are a textual inversion
+        return Reading(unknown=list(tensors))
     for part, pairs in numbered.items():
         if sorted(pairs) != list(range(len(pairs))) or any(len(pair) != 2 for pair in pairs.values()):
             raise AdapterError(

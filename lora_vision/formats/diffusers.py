@@ -30,8 +30,7 @@ FOLDED = "lora_vision.alpha"
 _MINE = re.compile(
     r"^(?:unet|text_encoder|text_encoder_2|down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\."
 )
-_PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.")
-_OLD_TEXT = re.compile(r"\.self_attn\.to_(q|k|v|out)_lora\.")
+_PROCESSOR = re.compile(r"\.(self_attn\.)?to_(q|k|v|out)_lora\.")
 _SPELLING = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
@@ -47,15 +46,14 @@ def read(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Reading:
     modules: dict[str, tuple[str, str]] = {}
     for key, tensor in tensors.items():
         modern = key
-        if "_lora." in key:
-            modern = _PROCESSOR.sub(lambda m: f".to_{m[1]}{'.0' if m[1] == 'out' else ''}.lora.", key)
-            modern = _OLD_TEXT.sub(lambda m: f".self_attn.{m[1]}_proj.lora.", modern)
+        if ".processor." in key or "_lora." in key:
+            modern = _PROCESSOR.sub(_projection, key.replace(".processor.", "."))
         path, leaf = vocabulary.split(modern) or ("", None)
         part, _, module = path.partition(".")
         if part not in ("unet", "text_encoder", "text_encoder_2"):
             part, module = "unet", path
         module = module.removeprefix("base_model.model.")
-        name = f"{part}.{names.classic(part, module)}"
+        name = f"{part}.{(part == 'unet' and names.from_sgm(module)) or names.classic(part, module)}"
         found.add(key, name if names.known(name) else None, leaf, tensor)
         modules[name] = (part, module)
     for name, leaves in found.layers.items():
@@ -64,6 +62,13 @@ def read(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Reading:
             leaves["alpha"] = peft.alpha(configs[part], module, leaves)
     _unfold(found, metadata)
     return found
+
+
+def _projection(old: re.Match[str]) -> str:
+    """Returns how today's keys spell the projection of a 2023 key, of a text encoder or of a UNet."""
+    if old[1]:
+        return f".self_attn.{old[2]}_proj."
+    return f".to_{old[2]}{'.0' if old[2] == 'out' else ''}."
 
 
 def _configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -123,7 +128,8 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, factors in adapter.layers.items():
         leaves = vocabulary.disassemble(factors)
         part, _, path = name.partition(".")
-        if part == "vit" or not {"down", "up", "alpha"} <= leaves.keys() or not leaves.keys() <= {*_SPELLING, "alpha"}:
+        held = {"down", "up", "alpha"} <= leaves.keys() <= {*_SPELLING, "alpha"}
+        if part == "vit" or not held or peft.EMBEDDING.search(path):
             raise AdapterError(
                 f"layer {name}: {vocabulary.algorithm(leaves)} has no spelling in diffusers' format, which holds LoRA "
                 "and output-axis DoRA of a UNet and text encoders; use format='kohya' or 'peft', or approximate it"

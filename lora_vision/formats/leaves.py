@@ -44,9 +44,9 @@ _SPELLINGS = {
     "ia3": ("ia3_l",),
     "new_bias": ("base_layer.bias",),
     "new_weight": ("base_layer.weight",),
+    "diff": ("diff", "lora.weight"),  # the second is ZipLoRA's
 }
 _PLAIN: tuple[str, ...] = (
-    "diff",
     "diff_b",
     "w_norm",
     "b_norm",
@@ -77,12 +77,23 @@ _REFUSED = (  # what a leaf, or a whole key, gives away
     (re.compile(r"custom_diffusion"), "Custom Diffusion"),
     (re.compile(r"^w_[ab]_\d{3}$|^fc_\d+in_\d+out$"), "LoRA-ViT"),
     (re.compile(r"motion_modules|temporal_transformer"), "AnimateDiff motion LoRA"),
-    (re.compile(r"^emb_params$|^string_to_param|^clip_[lg]$"), "textual inversion (an embedding, not an adapter)"),
+    (
+        re.compile(r"^emb_params$|^string_to_param|^clip_[lg]$|^<.+>$"),
+        "textual inversion (an embedding, not an adapter)",
+    ),
     (re.compile(r"double_blocks|single_blocks|single_transformer_blocks"), "FLUX"),
     (re.compile(r"joint_blocks|context_block|joint_transformer_blocks"), "Stable Diffusion 3"),
     (re.compile(r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\."), "full checkpoint"),
     (re.compile(r"(^|\.)ip_adapter\.|(^|\.)image_proj\."), "IP-Adapter"),
-    (re.compile(r"^transformer\.|^lora_transformer_|^lora_te3_|^lora_te_t5"), "diffusion-transformer"),
+    (re.compile(r"^lora_prior_unet_"), "Stable Cascade"),
+    (
+        re.compile(
+            r"^(prior\.|transformer\.|diffusion_model\.)?transformer_blocks\.|^transformer\.|^lora_transformer_|^lora_te3_"
+            r"|^lora_te_t5|^diffusion_model\.(blocks|layers)\.\d|^(lora_unet|lycoris)_(transformer_blocks|blocks|layers)_\d"
+        ),
+        "diffusion-transformer or Kandinsky prior",
+    ),
+    (re.compile(r"\.add_[kqv]_proj(_lora)?\."), "Kandinsky 2.2 or DeepFloyd IF"),
 )
 
 
@@ -204,10 +215,9 @@ def number(value: float) -> Tensor:
 
 def _build(name: str, left: dict[str, Any]) -> Factors:
     """Returns the factors, taking the leaves it uses out of `left`."""
-    from lora_vision import factors as kinds
-    from lora_vision.replacement import Replacement
-
     if "new_weight" in left or "new_bias" in left:
+        from lora_vision.replacement import Replacement
+
         new = {"weight": left.pop("new_weight", None), "new_bias": left.pop("new_bias", None)}
         return Replacement(**new, inner=_build(name, left) if left else None)
     alpha = _number(left.pop("alpha"), "alpha") if "alpha" in left else None
@@ -217,13 +227,18 @@ def _build(name: str, left: dict[str, Any]) -> Factors:
         return inner
     if axis == 0 and inner.size and magnitude.numel() != inner.size[0]:
         raise AdapterError(f"a magnitude of {magnitude.numel()} numbers for {inner.size[0]} output features")
+    from lora_vision import factors as kinds
+
     return kinds.Dora(inner, magnitude, axis)
 
 
 def _magnitude(left: dict[str, Any]) -> tuple[Tensor | None, int]:
-    """Returns DoRA's magnitude and its axis: [O, 1, ...] is the output's, [1, I, ...] the input's, [O] PEFT's."""
+    """Returns DoRA's magnitude and its axis: [O, 1, ...] is the output's, [1, I, ...] the input's, [O] PEFT's.
+
+    PEFT takes an embedding's weight [V, D] transposed, so that its magnitude [D] is the input's here.
+    """
     if "magnitude" in left:
-        return left.pop("magnitude").flatten(), 0
+        return left.pop("magnitude").flatten(), int("embedding_down" in left)
     if "dora_scale" not in left:
         return None, 0
     scale = left.pop("dora_scale")
@@ -258,7 +273,9 @@ def _direction(name: str, left: dict[str, Any], alpha: float | None) -> Factors:
         return _shaped(name, kinds.Kronecker(**parts, alpha=float(given or 1), bias=bias))
     if "ia3" in left:
         on_input = bool(_number(left.pop("on_input"), "on_input")) if "on_input" in left else False
-        return kinds.IA3(take("ia3"), on_input, bool(take("with_bias")), bias=bias)
+        vector = take("ia3")
+        vector = vector.flatten() if vector.dim() == 2 else vector  # PEFT's [1, I] or [O, 1], LyCORIS' [O]
+        return kinds.IA3(vector, on_input, bool(take("with_bias")), bias=bias)
     if "w_norm" in left or "b_norm" in left:
         return kinds.Full(take("w_norm"), bias=take("b_norm"))
     if "diff" in left or bias is not None:
