@@ -1,4 +1,4 @@
-"""What a user writes about adapters, read: files with weights, tags in prompts, schedules, sweeps."""
+"""What a user writes about adapters, read: files with weights, tags in prompts, schedules, regions, sweeps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 from lora_vision import schedules
 from lora_vision.adapter import Adapter
@@ -105,6 +110,64 @@ def read_tags(prompt: str) -> tuple[str, dict[str, float]]:
             raise AdapterError(f"{tag[0]} {problem}; expected one <lora:NAME:SCALE>, as <lora:ink:0.8>")
         found[name] = scale
     return (" ".join(TAG.sub("", prompt).split()) if found else prompt), found
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a picture, as a user writes it.
+
+    Attributes:
+        place: One of PLACES, or the file of a mask.
+        mask: Where it is, [H, W] of any size, 1 inside.
+        scales: Adapter name to scale there.
+        prompt: What is drawn there, if not the picture's own prompt.
+    """
+
+    place: str
+    mask: Tensor
+    scales: Mapping[str, float]
+    prompt: str | None
+
+
+PLACES: Mapping[str, list[list[int]]] = {
+    "left": [[1, 0]],
+    "right": [[0, 1]],
+    "top": [[1], [0]],
+    "bottom": [[0], [1]],
+    "middle": [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]],
+}
+"""The parts of a picture that have a name."""
+
+
+def read_parts(texts: Sequence[str]) -> list[Part]:
+    """The parts of a picture that ``PLACE=PROMPT`` name, the prompt with tags, or nothing but tags.
+
+    Raises:
+        AdapterError: A place is none of PLACES and no picture, a tag cannot be read, or nothing follows the place.
+    """
+    found = []
+    for text in texts:
+        place, equals, prompt = text.partition("=")
+        if not equals or not prompt.strip():
+            raise AdapterError(f"--region {text}: expected PLACE=PROMPT with adapters as <lora:NAME:SCALE> in it")
+        words, scales = read_tags(prompt)
+        found.append(Part(place, _mask(place), scales, words.strip() or None))
+    return found
+
+
+def _mask(place: str) -> Tensor:
+    if place in PLACES:
+        return torch.tensor(PLACES[place], dtype=torch.float32)
+    if not Path(place).is_file():
+        raise AdapterError(f"--region {place}: there is no such mask picture and no such place: {near(place, PLACES)}")
+    try:
+        with Image.open(place) as picture:
+            mask = torch.from_numpy(np.array(picture.convert("L"))).float() / 255
+    except OSError as error:
+        raise AdapterError(f"--region {place}: this is no picture; a mask is one, white where the region is") from error
+    if not mask.any():
+        raise AdapterError(f"--region {place}: the mask is black all over; it has to be white where the region is")
+    return mask
 
 
 def with_named(voices: Sequence[Voice], names: Iterable[str], shelf: Mapping[str, list[Path]]) -> list[Voice]:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_vision.base import RECIPES
+from lora_vision.base import RECIPES, load_base
+from lora_vision.blend import Blend
 from lora_vision.config import GenerateConfig
 from lora_vision.errors import AdapterError, BaseModelError, DataError, LoraVisionError
 from lora_vision.generate import generate, read_recipe
+from lora_vision.regions import Region, composite
 
 Draw = Callable[..., list[Path]]
 
@@ -194,6 +196,71 @@ def test_schedules_are_recorded(draw: Draw, sd1_adapters: tuple[Path, Path], tmp
         assert again(picture, tmp_path / "again.png").read_bytes() == picture.read_bytes()
 
 
+def test_regions_and_composition_are_the_blends(
+    draw: Draw, sd1_folder: Path, sd1_adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """What the command line calls regions and composite are the Blend's own, and come back from the picture."""
+    ink, gold = sd1_adapters
+    folder = str(ink.parent)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 16:] = 255
+    Image.fromarray(mask).save(tmp_path / "right.png")
+    halves = ("left=<lora:ink:0.5>", f"{tmp_path / 'right.png'}=an owl <lora:gold:1>")
+    (parts,) = draw("a fox", region=halves, adapter_dir=folder, output="parts.png")
+    (mean,) = draw("a fox", adapter=(str(ink), str(gold)), how="composite", output="mean.png")
+    (both,) = draw("a fox", adapter=(str(ink), str(gold)), output="both.png")
+
+    base = load_base(sd1_folder)
+    blend = Blend(base.pipeline())
+    blend.load(ink, "ink", scale=0.0)
+    blend.load(gold, "gold", scale=0.0)
+    left = torch.zeros(32, 32)
+    left[:, :16] = 1
+    wanted = {
+        parts: [Region({"ink": 0.5}, left), Region({"gold": 1.0}, 1 - left, "an owl")],
+        mean: composite({"ink": 1.0, "gold": 1.0}),
+    }
+    for picture, regions in wanted.items():
+        blend.set({}, regions=regions)
+        generator = torch.Generator("cpu").manual_seed(0)
+        guidance = base.recipe.guidance
+        drawn = blend.pipe("a fox", num_inference_steps=2, guidance_scale=guidance, generator=generator).images[0]
+        assert np.abs(np.asarray(drawn).astype(int) - pixels(picture)).max() <= 1
+        assert again(picture, tmp_path / "again.png").read_bytes() == picture.read_bytes()
+        assert differ(picture, both)
+    recipe = read_recipe(parts)
+    assert {voice["name"] for voice in recipe["adapters"]} == {"ink", "gold"}
+    assert list(recipe["masks"]) == [str(tmp_path / "right.png")]
+    (alone,) = draw("a fox", adapter=(str(ink),), how="composite", output="alone.png")
+    (plain,) = draw("a fox", adapter=(str(ink),), output="plain.png")
+    assert not differ(alone, plain)
+    for how in ("switch", "klora"):
+        (one,) = draw("a fox", adapter=(str(ink), str(gold)), how=how, output="one.png")
+        (other,) = draw("a fox", adapter=(str(ink), str(gold)), schedule=(how,), output="other.png")
+        assert not differ(one, other)
+
+
+@pytest.mark.parametrize(
+    ("region", "said"),
+    [
+        ("lfet=<lora:ink:1>", "no such mask picture and no such place: did you mean left"),
+        ("left", "expected PLACE=PROMPT"),
+        ("left= ", "expected PLACE=PROMPT"),
+        ("left=<lora:inc:1>", "did you mean ink"),
+        ("left=<lora:ink:much>", "cannot be read"),
+        ("{ink}=<lora:gold:1>", "this is no picture"),
+        ("{black}=<lora:gold:1>", "black all over"),
+    ],
+)
+def test_regions_that_mean_nothing_are_refused(
+    draw: Draw, sd1_adapters: tuple[Path, Path], tmp_path: Path, region: str, said: str
+) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    text = region.format(ink=sd1_adapters[0], black=tmp_path / "black.png")
+    with pytest.raises(AdapterError, match=said):
+        draw("a fox", region=(text,), adapter_dir=str(sd1_adapters[0].parent))
+
+
 def test_a_sweep_is_a_sheet_over_scales(draw: Draw, sd1_adapters: tuple[Path, Path], tmp_path: Path) -> None:
     """Lesson 24 (kohya_ss#2918): one look at an adapter over its weights, instead of one picture for each try."""
     adapters = tuple(map(str, sd1_adapters))
@@ -274,6 +341,8 @@ def test_recipes_come_from_our_pictures_only(
         ({"prompts": ("a", " ")}, "an empty prompt"),
         ({"output": "out.jpg"}, "--output out.jpg"),
         ({"grid": True, "sweep": ("ink=0,1",)}, "choose one"),
+        ({"grid": True, "region": ("left=a",)}, "goes without --grid"),
+        ({"how": "composite", "region": ("left=a",)}, "and composite"),
         ({"count": 0}, "--count 0"),
         ({"steps": 0}, "--steps 0"),
         ({"guidance": -1.0}, "--guidance -1.0"),
