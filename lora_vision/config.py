@@ -271,13 +271,6 @@ class GenerateConfig:
     region: tuple[str, ...] = ()
     """What sounds in a part of the picture, and perhaps a prompt of its own: "left=an owl <lora:ink:0.8>". Parts: left,
     right, top, bottom, middle, or a picture that is white there; elsewhere the prompt and --adapter hold."""
-    how: Literal["sum", "composite", "switch", "klora"] = "sum"
-    """How several adapters meet: their changes are added up (sum), what the model predicts under each is averaged
-    (composite), they take turns by steps (switch), or layers pass from the first, the subject, to the second, the style
-    (klora)."""
-    region: tuple[str, ...] = ()
-    """What sounds in a part of the picture, and perhaps a prompt of its own: "left=an owl <lora:ink:0.8>". Parts: left,
-    right, top, bottom, middle, or a picture that is white there; elsewhere the prompt and --adapter hold."""
     sweep: tuple[str, ...] = field(default=(), metadata={"several": True})
     """Draw one sheet over scales of one adapter or two: ink=0,0.25,...,1 gold=0,1."""
     seed: int = 0
@@ -304,10 +297,6 @@ class GenerateConfig:
             raise ValueError(f"--output {self.output}: a name ending in .png is needed")
         if self.grid and self.sweep:
             raise ValueError("--grid and --sweep are two kinds of sheet: choose one")
-        if self.region and (self.grid or self.sweep or self.how == "composite"):
-            raise ValueError(
-                "--region has its own adapters in its place: it goes without --grid, --sweep and composite"
-            )
         if self.region and (self.grid or self.sweep or self.how == "composite"):
             raise ValueError(
                 "--region has its own adapters in its place: it goes without --grid, --sweep and composite"
