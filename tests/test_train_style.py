@@ -276,6 +276,20 @@ def test_checkpointed_gradients_are_the_same(config: StyleConfig) -> None:
         torch.testing.assert_close(saving.layers[name].delta(), factors.delta(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_compiled_unet_is_the_same_unet(config: StyleConfig) -> None:
+    plain = run(config).read_bytes()
+    with torch.compiler.set_stance("force_eager"):  # compiling itself would take minutes
+        assert run(elsewhere(config, "compiled", compile=True)).read_bytes() == plain
+
+
+def test_training_ends_where_nothing_is_gained(config: StyleConfig) -> None:
+    path = run(replace(config, steps=40, learning_rate=3.0, validate_every=1, patience=2, keep="best"))
+    history = json.loads((path.with_name("ink-training") / "history.json").read_text())
+    looks = {int(step): loss for step, loss in history["validation"].items()}
+    assert len(history["losses"]) == max(looks) == history["best_step"] + 2 < 40
+    assert lv.load_adapter(path).metadata["lora_vision.step"] == str(history["best_step"])
+
+
 def test_bf16_trains_float32_weights(config: StyleConfig) -> None:
     adapter = lv.load_adapter(run(replace(config, precision="bf16", steps=1, batch_size=1, validate_every=0)))
     assert adapter.layers[QUERY].delta().isfinite().all()
