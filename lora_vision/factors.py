@@ -91,7 +91,8 @@ class LowRank(Factors):
 
     def __post_init__(self) -> None:
         rank = self.down.shape[0] if self.down.dim() in (2, 4) else 0
-        if rank < 1 or self.up.dim() not in (2, 4) or self.up.shape[1] != rank or self.up[0].numel() != rank:
+        fits = self.up.dim() in (2, 4) and self.up.shape[1] == rank and self.up.numel() == len(self.up) * rank
+        if rank < 1 or not fits:
             raise AdapterError(
                 f"LowRank with down {tuple(self.down.shape)} and up {tuple(self.up.shape)}; "
                 "expected [R, I] or [R, I, K, K] and [O, R] or [O, R, 1, 1]"
@@ -119,6 +120,8 @@ class LowRank(Factors):
         return self.up.shape[0], self.down[0].numel() * kernel
 
     def fits(self, shape: Sequence[int]) -> bool:
+        if self.bias is None and self.mid is None and len(shape) == self.down.dim() == 2:
+            return shape[0] == self.up.shape[0] and shape[1] == self.down.shape[1]
         kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
         same_kernel = len(shape) != 4 or not kernel or tuple(kernel) == tuple(shape[2:])
         return same_kernel and super().fits(shape)

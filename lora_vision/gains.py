@@ -86,8 +86,8 @@ class Bank:
         if self.flat.shape[0] != rows or place(self.layers[0]) != (self.flat.device, self.flat.dtype):
             return False
         origin, size = self.flat.data_ptr(), self.flat.element_size()
-        views = zip(self.layers, self.starts, strict=True)
-        return all(x.lora_gain is not None and x.lora_gain.data_ptr() == origin + at * size for x, at in views)
+        views = zip((layer._buffers.get("lora_gain") for layer in self.layers), self.starts, strict=True)
+        return all(view is not None and view.data_ptr() == origin + at * size for view, at in views)
 
     def write(self, weights: Tensor) -> None:
         """Sets the gains from the weights of all sounding adapters [G, ΣL]."""
@@ -138,7 +138,7 @@ def _bank(
     sparse: bool,
 ) -> Bank:
     layers = list(numbered.values())
-    widths = [len(layer.lora_down) for layer in layers if layer.lora_down is not None]
+    widths = [down.shape[0] for layer in layers if (down := layer._buffers["lora_down"]) is not None]
     *starts, end = accumulate(widths, initial=0)
     free = torch.full((max(numbered) + 1,), -1)  # where the next rank of each layer goes
     free[torch.tensor(list(numbered))] = torch.tensor(starts)

@@ -275,10 +275,15 @@ def text_paths() -> frozenset[str]:
 
 @cache
 def _flat_unet() -> dict[str, str]:
-    """Returns flat name -> diffusers path for the UNet, in diffusers' and in sgm's spelling."""
+    """Returns flat name -> diffusers path for the UNet, in diffusers' spelling."""
+    return {path.replace(".", "_"): path for path in _unet_paths()}
+
+
+@cache
+def _flat_sgm() -> dict[str, str]:
+    """Returns flat name -> diffusers path for the UNet, in sgm's spelling."""
     table: dict[str, str] = {}
     for path in _unet_paths():
-        table[path.replace(".", "_")] = path
         if sgm := to_sgm(path):
             table[sgm.replace(".", "_")] = path
         if path.startswith("up_blocks") and path.endswith("upsamplers.0.conv"):  # SD1/2: no attention before it
@@ -300,7 +305,8 @@ def from_kohya(flat: str) -> str | None:
     """Returns the true name of a kohya or LyCORIS flat name such as `lora_te_text_model_encoder_...`, or None."""
     for prefix, part in _PREFIXES.items():
         if flat.startswith(prefix):
-            path = (_flat_unet() if part == "unet" else _flat_text()).get(flat[len(prefix) :])
+            rest = flat[len(prefix) :]
+            path = _flat_unet().get(rest) or _flat_sgm().get(rest) if part == "unet" else _flat_text().get(rest)
             return f"{part}.{path}" if path else None
     return None
 

@@ -30,6 +30,9 @@ from lora_vision.layers import (
 
 logger = logging.getLogger(__name__)
 
+_SPARE = 512
+"""The most ranks that a stack on a CPU has free at first."""
+
 Keep = Literal["device", "cpu", "nowhere"]
 
 
@@ -256,18 +259,19 @@ class Stack:
             if not width:
                 put(layer, lora_down=None, lora_up=None, lora_gain=None, lora_rows=None)
                 continue
-            down, up = _room(layer, width, at)
+            down, up = _room(layer, width, at, self._numbers[name])
             for loaded, rank in zip(sounding[first:], ranks[first:], strict=True):
                 if rank:
                     pair = loaded.pairs[name]
-                    places += (down.narrow(0, at, rank), up.narrow(0, at, rank))
-                    factors += (pair.down.reshape(rank, *down.shape[1:]), pair.up.flatten(1).t())
+                    places += (down.narrow(0, at, rank), up.narrow(1, at, rank))
+                    factors += (pair.down, pair.up)
                     at += rank
             if at < width:
                 down[at:].zero_()
-                up[at:].zero_()
+                up[:, at:].zero_()
         if places:
-            torch._foreach_copy_(places, factors)
+            alike = (f if f.shape == p.shape else f.reshape(p.shape) for f, p in zip(factors, places, strict=True))
+            torch._foreach_copy_(places, list(alike))
 
     def _filed(self) -> list[Bank]:
         stacked = {name: None for a in self.sounding for name in self.loaded[a].ranks} | dict.fromkeys(self._reserve)
@@ -365,34 +369,47 @@ class Stack:
             held.data = value.to(held.dtype)
 
 
-def _room(layer: LoraLayer, width: int, kept: int) -> tuple[Tensor, Tensor]:
-    """The layer's own down [width, I] and up, transposed [width, O], the first ``kept`` ranks still in them."""
+def _room(layer: LoraLayer, width: int, kept: int, number: int) -> tuple[Tensor, Tensor]:
+    """The layer's own down [width, I] and up [O, width], the first ``kept`` ranks still in them."""
     shape, at = layer.weight.shape, place(layer)
-    old = (layer.lora_down, None if layer.lora_up is None else layer.lora_up.t())
-    down = _ranks(old[0], at, (width, *shape[1:]), kept)
-    up = _ranks(old[1], at, (width, shape[0]), kept)
+    old = layer._buffers["lora_down"], layer._buffers["lora_up"]
+    down = _ranks(old[0], 0, at, width, shape[1:], kept, number)
+    up = _ranks(old[1], 1, at, width, shape[:1], kept, number)
     if down is not old[0] or up is not old[1]:
-        put(layer, lora_down=down, lora_up=up.t())
+        put(layer, lora_down=down, lora_up=up)
     return down, up
 
 
-def _ranks(old: Tensor | None, at: tuple[torch.device, torch.dtype], shape: tuple[int, ...], kept: int) -> Tensor:
-    """A tensor of this shape whose first ``kept`` rows are those of the old one, which is used again if it can be.
+def _ranks(
+    old: Tensor | None,
+    axis: int,
+    at: tuple[torch.device, torch.dtype],
+    width: int,
+    inner: torch.Size,
+    kept: int,
+    number: int,
+) -> Tensor:
+    """A tensor of ``width`` ranks along ``axis``, the first ``kept`` of them the old one's; its memory, if that does.
 
-    Ranks are the slow dimension in memory, and there is more of it than asked: the eighth adapter copies itself alone.
-    A CPU commits memory only when it is written to, so there the room is larger from the start.
+    Ranks are the slow dimension in memory, and there is more of it than asked: the tenth adapter copies itself alone.
+    A CPU commits memory only when it is written to, so there the room is large from the start, and differs with the
+    layer's number: no single adapter makes all layers move.
     """
-    if old is not None and (old.device, old.dtype) == at and old.is_contiguous():
-        if len(old) == shape[0]:
+    step = inner.numel()
+    if old is not None and (old.device, old.dtype) == at and old.stride(axis) == step and old.stride(axis - 1) == 1:
+        if old.shape[axis] == width:
             return old
-        if kept and old.untyped_storage().nbytes() >= shape[0] * old.stride(0) * old.element_size():
-            return old.as_strided(shape, old.stride())
-    room = shape[0]
-    if old is None or kept:  # nothing was taken out, so more may come
-        room = 4 * room if at[0].type == "cpu" else max(room, 2 * kept)
-    new = torch.empty(room, *shape[1:], device=at[0], dtype=at[1])[: shape[0]]
+        if kept and old.untyped_storage().nbytes() >= width * step * old.itemsize:
+            return old.as_strided((*inner, width) if axis else (width, *inner), old.stride())
+    room = width
+    if old is None and at[0].type == "cpu":
+        room = min(width * (12 + number % 8), width + _SPARE)
+    elif kept:  # nothing was taken out, so more may come
+        room = max(width, 2 * kept)
+    new = torch.empty(room, *inner, device=at[0], dtype=at[1]).narrow(0, 0, width)
+    new = new.t() if axis else new
     if old is not None and kept:
-        new[:kept] = old[:kept]
+        new.narrow(axis, 0, kept).copy_(old.narrow(axis, 0, kept))
     return new
 
 

@@ -75,6 +75,34 @@ def test_a_file_cut_short_says_so(tmp_path: Path) -> None:
         load_adapter(path)
 
 
+def _with_header(text: str, size: int) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode() + bytes(size)
+
+
+_DOWN, _UP = (f"lora_unet_mid_block_attentions_0_proj_in.lora_{side}.weight" for side in ("down", "up"))
+_PAIR = f'"{_DOWN}":{{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}},'
+_PAIR += f'"{_UP}":{{"dtype":"F32","shape":[2,1],"data_offsets":[8,16]}}'
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_strings_stand_anywhere_in_a_header_but_once(space: str, tmp_path: Path) -> None:
+    file, strings = tmp_path / "a.safetensors", f'"__metadata__":{space}{{"a":"b"}}'
+    for text in (f"{{{strings},{space}{_PAIR}}}", f"{{{_PAIR},{strings}}}"):
+        file.write_bytes(_with_header(text, 16))
+        assert load_adapter(file).metadata == {"a": "b"}
+    file.write_bytes(_with_header(f"{{{strings},{_PAIR},{strings}}}", 16))
+    with pytest.raises(AdapterError, match="__metadata__' twice"):
+        load_adapter(file)
+
+
+@pytest.mark.parametrize("shape", ["[0,1180591620717411303424]", "[4611686018427387904,4611686018427387904,0]"])
+def test_empty_shapes_that_torch_cannot_count_are_refused(shape: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(_with_header(f"{{{_PAIR.replace('[1,2]', shape).replace('[0,8]', '[0,0]')}}}", 16))
+    with pytest.raises(AdapterError, match="do not agree"):
+        load_adapter(file)
+
+
 @pytest.mark.parametrize("path", ["nowhere.safetensors", "", "\0"])
 def test_a_missing_file_is_named(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from itertools import pairwise
 
 import pytest
 import torch
@@ -107,3 +109,22 @@ def test_restore_copies_no_factors_and_merge_takes_its_memory_again() -> None:
     net.stack.merge(fewer), net.stack.apply(net.weights("d"))
     net.stack.merge({}), net.stack.apply(fewer)
     assert net.untouched() and net.is_sum(fewer)
+
+
+@torch.no_grad()
+def test_a_tenth_adapter_moves_no_other_and_a_copy_takes_no_spare_room() -> None:
+    layers: dict[str, nn.Module] = {f"l{number}": nn.Linear(64, 64) for number in range(8)}
+    stack, held = Stack(layers), []
+    for count in range(1, 21):
+        stack.add(f"a{count:02}", {name: LowRank(torch.randn(4, 64), torch.randn(64, 4), 4.0) for name in layers})
+        stack.apply({name: torch.ones(1, 8) for name in stack.loaded})
+        held.append([layer.lora_down.data_ptr() for layer in layers.values()])
+        assert layers["l3"].lora_up.shape == (64, 4 * count)
+    moved = [sum(one != other for one, other in pairwise(places)) for places in zip(*held, strict=True)]
+    assert held[0] == held[9] and all(moved) and max(moved) == 1
+    assert max(sum(a != b for a, b in zip(*each, strict=True)) for each in pairwise(held)) == 1
+    expected = sum(stack.loaded[name].pairs["l3"].delta() for name in stack.loaded) + layers["l3"].weight
+    x = torch.randn(2, 64)
+    assert torch.allclose(layers["l3"](x), F.linear(x, expected, layers["l3"].bias), atol=1e-3)
+    alone = copy.deepcopy(layers["l3"])
+    assert torch.equal(alone(x), layers["l3"](x)) and alone.lora_down.untyped_storage().nbytes() == 64 * 80 * 4

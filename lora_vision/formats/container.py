@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_vision.errors import AdapterError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 65_536
+_REMEMBERED = 1 << 20  # longest header, without its strings, to be remembered
 # Bytes of one element, in the order in which safetensors sorts tensors when it writes (last first).
 ITEM = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "F16": 2, "BF16": 2}
 ITEM |= {"I32": 4, "F32": 4, "F64": 8, "I64": 8}
@@ -44,7 +46,7 @@ class Entry(NamedTuple):
 class Header:
     """A file's header: tensors by key, the strings beside them, and where the data starts in the file."""
 
-    entries: dict[str, Entry]
+    entries: Mapping[str, Entry]
     metadata: dict[str, str]
     start: int
 
@@ -97,18 +99,46 @@ def parse(text: bytes, size: int) -> Header:
     """
     if text.count(b'"data_offsets"') > MAX_TENSORS or text.count(b"[") > 4 * MAX_TENSORS:
         raise AdapterError(f"the header lists more than {MAX_TENSORS} tensors; that is no adapter")
+    ahead, rest = _apart(text)
+    entries, inside, end = _entries(rest) if len(rest) < _REMEMBERED else _entries.__wrapped__(rest)
+    if ahead is not None and inside is not None:
+        raise AdapterError("the header names '__metadata__' twice")
+    metadata = ahead or inside or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterError("the header's __metadata__ holds something else than strings")
+    _check_end(end, size - 8 - len(text))
+    return Header(entries, metadata, 8 + len(text))
+
+
+def _apart(text: bytes) -> tuple[Any, str]:
+    """Returns (strings, JSON of the entries) of a header with its strings in front, as writers put them; else None."""
     try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        decoded = text.decode()
+        if decoded.startswith(_FRONT):
+            strings, end = _JSON.raw_decode(decoded, len(_FRONT) - 1)
+            if decoded.startswith(',"', end):
+                return strings, "{" + decoded[end + 1 :]
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"the header is no valid JSON: {str(error)[:200]!a}") from None
+    return None, decoded
+
+
+@lru_cache(4)  # files of one trainer differ in their strings and numbers only
+def _entries(text: str) -> tuple[Mapping[str, Entry], Any, int]:
+    """Returns (checked entries, strings if they stand here, bytes of data) of a header in JSON.
+
+    Raises:
+        AdapterError: it is no JSON object, or an entry is wrong.
+    """
+    try:
+        content = _JSON.decode(text)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"the header is no valid JSON: {str(error)[:200]!a}") from None
     if not isinstance(content, dict):
         raise AdapterError(f"the header is a JSON {type(content).__name__}; expected an object")
-    metadata = content.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterError("the header's __metadata__ holds something else than strings")
+    strings = content.pop("__metadata__", None)
     entries = {key: _entry(key, value) for key, value in content.items()}
-    _check_layout(entries, size - 8 - len(text))
-    return Header(entries, metadata, 8 + len(text))
+    return entries, strings, _end(entries)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -125,30 +155,40 @@ def _refuse_constant(constant: str) -> Any:
     raise AdapterError(f"the header holds {constant}, which is no JSON")
 
 
+_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_FRONT = '{"__metadata__":{'
+
+
 def _entry(key: str, value: Any) -> Entry:
     """Returns one checked entry."""
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = (*shape, begin, end)
-        whole = {*map(type, numbers)} == {int} and min(numbers) >= 0
+        whole = all(type(number) is int and number >= 0 for number in numbers)
     except (TypeError, KeyError, ValueError):
         raise AdapterError(f"the header's entry for {key[:200]!a} is not a dtype, a shape and two offsets") from None
     if not isinstance(dtype, str) or dtype not in ITEM:
         raise AdapterError(f"{key[:200]!a} has the type {str(dtype)[:50]!a}; expected one of {', '.join(ITEM)}")
-    if not whole or len(shape) > 8 or math.prod(shape) * ITEM[dtype] != end - begin:
+    fits = whole and len(shape) <= 8 and math.prod(shape) * ITEM[dtype] == end - begin
+    if not fits or (begin == end and math.prod(size or 1 for size in shape) >> 40):  # 0 by more than torch can count
         raise AdapterError(
             f"{key[:200]!a} claims the shape {str(shape)[:100]} in bytes {str((begin, end))[:100]}, which do not agree"
         )
     return Entry(dtype, tuple(shape), begin, end)
 
 
-def _check_layout(entries: Mapping[str, Entry], available: int) -> None:
-    """Raises AdapterError unless the tensors fill the data without gaps, overlaps or bytes to spare."""
+def _end(entries: Mapping[str, Entry]) -> int:
+    """Returns where the data ends; raises AdapterError where tensors leave gaps or overlap."""
     position = 0
     for begin, end, key in sorted((entry.begin, entry.end, key) for key, entry in entries.items()):
         if begin != position:
             raise AdapterError(f"{key[:200]!a} starts at byte {begin} of the data, where byte {position} is next")
         position = end
+    return position
+
+
+def _check_end(position: int, available: int) -> None:
+    """Raises AdapterError unless the tensors fill the data."""
     if position > available:
         raise AdapterError(
             f"the file is cut short: its tensors take {position} bytes, it has {available}; download it again"
@@ -168,16 +208,19 @@ def tensors(header: Header, data: Any) -> dict[str, Tensor]:
 
     flat = torch.frombuffer(data, dtype=torch.uint8)
     whole: dict[str, Tensor] = {}  # all of the file as numbers of one type, up to the last that is complete
+    shapes = {entry.shape for entry in header.entries.values()}
+    strides = {shape: tuple(math.prod(shape[at:]) for at in range(1, len(shape) + 1)) for shape in shapes}
     found: dict[str, Tensor] = {}
     for key, (dtype, shape, begin, end) in header.entries.items():
-        width, kind = ITEM[dtype], getattr(torch, _TORCH[dtype])
+        width = ITEM[dtype]
         first, odd = divmod(header.start + begin, width)
         if odd:  # a header of odd length: torch views need aligned bytes
-            found[key] = flat[header.start + begin : header.start + end].clone().view(kind).view(shape)
+            piece = flat[header.start + begin : header.start + end].clone()
+            found[key] = piece.view(getattr(torch, _TORCH[dtype])).view(shape)
             continue
         if dtype not in whole:
-            whole[dtype] = flat[: len(flat) // width * width].view(kind)
-        found[key] = whole[dtype].narrow(0, first, (end - begin) // width).view(shape)
+            whole[dtype] = flat[: len(flat) // width * width].view(getattr(torch, _TORCH[dtype]))
+        found[key] = whole[dtype].as_strided(shape, strides[shape], first)
     return found
 
 

@@ -9,7 +9,6 @@ header see the same change.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -77,12 +76,14 @@ def _configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         return {}
     try:
         flat = json.loads(metadata[HEADER])
-        keys = [key.partition(".") for key in flat]
-    except (ValueError, RecursionError, AttributeError, TypeError):
-        raise AdapterError(f"the header field {HEADER} is no JSON object; expected diffusers' PEFT settings") from None
+    except (ValueError, RecursionError):
+        flat = None
+    if not isinstance(flat, dict):
+        raise AdapterError(f"the header field {HEADER} is no JSON object; expected diffusers' PEFT settings")
     configs: dict[str, dict[str, Any]] = {}
-    for part, dot, setting in keys:
-        configs.setdefault(part, {})[setting] = flat[part + dot + setting]
+    for key, value in flat.items():
+        part, _, setting = key.partition(".")
+        configs.setdefault(part, {})[setting] = value
     return {part: config for part, config in configs.items() if "r" in config}
 
 
@@ -99,10 +100,9 @@ def _unfold(found: Reading, metadata: Mapping[str, str]) -> None:
         rank = vocabulary.rank(leaves)
         if (
             not isinstance(alpha, (int, float))
-            or not math.isfinite(alpha)
-            or not alpha
+            or not 0 < abs(alpha) < 1e300
             or not rank
-            or "up" not in leaves
+            or not {"down", "up"} <= leaves.keys()
         ):
             raise AdapterError(
                 f"the header field {FOLDED} does not fit layer {name!a}; delete it, or save the file again"

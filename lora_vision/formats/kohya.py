@@ -25,6 +25,7 @@ _EMBEDDING = re.compile(r"^bundle_emb\.(.+)\.(string_to_param\.\*|clip_l|clip_g)
 _ENCODERS = {"string_to_param.*": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 _SPELLING = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "ia3": "weight"}
 _MODELSPEC = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-768-v", "sdxl": "stable-diffusion-xl-v1-base"}
+_PLACES: dict[str, tuple[str, str]] = {}  # every key once understood -> (layer, leaf); names and leaves are tables
 _VERSION = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 
@@ -37,12 +38,16 @@ def read(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Reading:
     """Returns the layers of kohya-style tensors (or of their header entries)."""
     found = Reading()
     for key, tensor in tensors.items():
-        if match := _EMBEDDING.match(key):
+        if key in _PLACES:
+            found.add(key, *_PLACES[key], tensor)
+        elif match := _EMBEDDING.match(key):
             found.extras[f"embedding.{match[1]}.{_ENCODERS[match[2]]}"] = tensor
-            continue
-        flat, _, ending = key.partition(".")
-        leaf = "ia3" if ending == "weight" else vocabulary.LEAVES.get(ending)
-        found.add(key, names.from_kohya(flat), leaf, tensor)
+        else:
+            flat, _, ending = key.partition(".")
+            name, leaf = names.from_kohya(flat), "ia3" if ending == "weight" else vocabulary.LEAVES.get(ending)
+            if name and leaf:
+                _PLACES[key] = name, leaf
+            found.add(key, name, leaf, tensor)
     return found
 
 
