@@ -79,7 +79,7 @@ def held_out(path: Path, places: dict[str, str], seed: int) -> float:
     schedule = train_style.NoiseSchedule(base.scheduler)
     pictures = train_style.to_learn_from(config)
     _, batches = train_style.encoded(config, base, pictures, schedule, accelerator)
-    loss = train_style.diffusion_loss(config, base, schedule, {"unet": base.unet})
+    loss = train_style.DiffusionLoss(base.unet, schedule, objective=config)
     lv.attach(base.parts, lv.load_adapter(path))
     with train_style.torch.no_grad():
         return sum(len(batch) * float(loss(batch)) for batch in batches) / sum(map(len, batches))

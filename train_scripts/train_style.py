@@ -82,41 +82,30 @@ def run(config: StyleConfig) -> Path:
     if accelerator.is_main_process:
         tell(config, base, pictures)
     samples, held_out = encoded(config, base, pictures, schedule, accelerator)
-    adapted = base.parts if config.train_text else {"unet": base.unet}
-    word = (
-        NewWord(base.parts, base.tokenizers, pictures.trigger or "", config.new_tokens) if config.new_tokens else None
-    )
-    change = lora_config(config, base)
-    parameters, speeds = inject(adapted, change), rates(adapted, change)
-    if word is not None:
-        parameters += word.parameters()
-        speeds += [1.0 if config.optimizer == "prodigy" else TOKEN_RATE] * len(word.rows)
-    now = partial(collected, adapted, word)
+    learning = Learning(config, base, pictures.trigger or "")
     made = metadata(config, base, pictures, NOT_IN_FILE)
     prompts = shown_prompts(config, pictures)
     job = Job(
-        loss=diffusion_loss(config, base, schedule, adapted, word),
-        parameters=parameters,
-        rates=speeds,
-        after_step=partial(limit_norms, names.index(adapted), config.max_norm) if config.max_norm else None,
+        loss=diffusion_loss(config, base, schedule, learning),
+        parameters=learning.parameters,
+        rates=learning.rates,
+        after_step=partial(limit_norms, names.index(learning.parts), config.max_norm) if config.max_norm else None,
         batch=samples,
         held_out=held_out,
-        sample=sampler(config, base, prompts, now, made, folder, accelerator),
+        sample=sampler(config, base, prompts, learning, made, folder, accelerator),
         folder=folder,
         identity=identity(config, base, pictures),
         patience=config.patience,
     )
     fitted = fit(job, config, accelerator)
     if accelerator.is_main_process:
-        found = results(now, parameters, fitted)
+        found = results(learning, fitted)
         if config.rank == "auto":
             with accelerator.autocast():
-                found = slimmed(found, adapted, job)
+                found = slimmed(found, learning.parts, job)
         save(config, found, fitted, made | parent(fitted, output, folder), output, folder)
         if config.sample_every:
-            detach(adapted)
-            if word is not None:
-                word.detach()
+            learning.end()
             with accelerator.autocast():
                 draw_choices(config, base, prompts[0], folder)
     accelerator.wait_for_everyone()
@@ -128,10 +117,38 @@ def learns_words(config: StyleConfig) -> bool:
     return config.train_text or config.new_tokens > 0
 
 
-def collected(adapted: dict[str, nn.Module], word: NewWord | None) -> Adapter:
-    """What is trained, as it is now."""
-    adapter = collect(adapted)
-    return adapter if word is None else replace(adapter, extras=word.extras())
+class Learning:
+    """What learns: layers of the base and, where asked for, a new word.
+
+    Attributes:
+        parts: The parts of the base whose layers learn.
+        word: The new word.
+        parameters: Everything that learns.
+        rates: What the learning rate of each parameter is multiplied by.
+    """
+
+    def __init__(self, config: StyleConfig, base: Base, trigger: str) -> None:
+        """The base's layers with changes that do nothing yet."""
+        self.parts = base.parts if config.train_text else {"unet": base.unet}
+        count = config.new_tokens
+        self.word = NewWord(base.parts, base.tokenizers, trigger, count) if count else None
+        change = lora_config(config, base)
+        self.parameters = inject(self.parts, change)
+        self.rates = rates(self.parts, change)
+        if self.word is not None:
+            self.parameters += self.word.parameters()
+            self.rates += [1.0 if config.optimizer == "prodigy" else TOKEN_RATE] * len(self.word.rows)
+
+    def adapter(self) -> Adapter:
+        """What was learnt, as it is now."""
+        adapter = collect(self.parts)
+        return adapter if self.word is None else replace(adapter, extras=self.word.extras())
+
+    def end(self) -> None:
+        """Leave the base as it was, but for new words in its tables."""
+        detach(self.parts)
+        if self.word is not None:
+            self.word.detach()
 
 
 def to_learn_from(config: StyleConfig) -> PictureSet:
@@ -202,26 +219,20 @@ def lora_config(config: StyleConfig, base: Base) -> LoraConfig:
     )
 
 
-def diffusion_loss(
-    config: StyleConfig,
-    base: Base,
-    schedule: NoiseSchedule,
-    adapted: dict[str, nn.Module],
-    word: NewWord | None = None,
-) -> DiffusionLoss:
+def diffusion_loss(config: StyleConfig, base: Base, schedule: NoiseSchedule, learning: Learning) -> DiffusionLoss:
     """The loss that holds every module with trained weights."""
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
         base.unet.train()  # diffusers recomputes in training mode only; Stable Diffusion has no dropout
     if config.compile:
         base.unet.compile()
-    encoders = nn.ModuleDict({name: part for name, part in adapted.items() if name != "unet"})
-    encode_text = base.encode_text
+    encoders = nn.ModuleDict({name: part for name, part in learning.parts.items() if name != "unet"})
+    word = learning.word
     if word is not None:
         encoders["new word"] = word
 
-        def encode_text(captions: Sequence[str]) -> TextStates:
-            return base.encode_text([word.spell(caption) for caption in captions])
+    def encode_text(captions: Sequence[str]) -> TextStates:
+        return base.encode_text(captions if word is None else [word.spell(caption) for caption in captions])
 
     return DiffusionLoss(
         base.unet,
@@ -230,7 +241,7 @@ def diffusion_loss(
         encode_text=encode_text,
         encoders=encoders,
         prior_weight=config.prior_weight,
-        silenced=partial(silenced, adapted),
+        silenced=partial(silenced, learning.parts),
     )
 
 
@@ -238,7 +249,7 @@ def sampler(
     config: StyleConfig,
     base: Base,
     prompts: Sequence[str],
-    now: Callable[[], Adapter],
+    learning: Learning,
     made: dict[str, str],
     folder: Path,
     accelerator: Accelerator,
@@ -255,7 +266,7 @@ def sampler(
             samples(step)
         if step:
             path = folder / "samples" / f"{step:06}.safetensors"
-            save_adapter(with_step(now(), made, step), path, format=config.format)
+            save_adapter(with_step(learning.adapter(), made, step), path, format=config.format)
 
     return sample
 
@@ -280,14 +291,12 @@ def identity(config: StyleConfig, base: Base, pictures: PictureSet) -> dict[str,
     return mine | {"base fingerprint": base.fingerprint, "data fingerprint": pictures.fingerprint}
 
 
-def results(
-    now: Callable[[], Adapter], parameters: Sequence[nn.Parameter], fitted: Fitted
-) -> dict[str, tuple[Adapter, int]]:
+def results(learning: Learning, fitted: Fitted) -> dict[str, tuple[Adapter, int]]:
     """The adapter after the last step and the best one on held-out pictures, each with its number of steps."""
-    found = {"last": (now(), len(fitted.history.losses))}
+    found = {"last": (learning.adapter(), len(fitted.history.losses))}
     if fitted.best is not None and fitted.history.best_step is not None:
-        put(parameters, fitted.best)
-        found["best"] = (now(), fitted.history.best_step)
+        put(learning.parameters, fitted.best)
+        found["best"] = (learning.adapter(), fitted.history.best_step)
     return found
 
 
