@@ -225,22 +225,17 @@ class Run:
         if self.done == 0:
             self._look(sample=bool(config.sample_every))
         with tqdm(total=self.steps, initial=self.done, desc="training", unit="step", disable=quiet) as bar:
-            while self.done < self.steps:
+            while not self._over():
                 loss = self.step()
                 smooth = loss if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
                 bar.set_postfix(loss=f"{smooth:.4f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}", refresh=False)
                 bar.update()
-                self._look(
-                    validate=self._due(config.validate_every),
-                    sample=self._due(config.sample_every or 0),
-                )
+                self._look(validate=self._due(config.validate_every))
+                self._look(sample=self._due(config.sample_every or 0))
                 if self._due(config.checkpoint_every):
                     self._save()
-                if self._tired():
-                    logger.info(
-                        "stopped at step %d: no better held-out loss since %s", self.done, self.history.best_step
-                    )
-                    break
+        if self.done < self.steps:
+            logger.info("stopped at step %d: no better held-out loss since %s", self.done, self.history.best_step)
         self._average()
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -248,12 +243,12 @@ class Run:
 
     def _due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and after the last, happens now; 0 is never."""
-        return bool(every) and (self.done == self.steps or self.done % every == 0)
+        return bool(every) and (self._over() or self.done % every == 0)
 
-    def _tired(self) -> bool:
-        """Whether the held-out loss has not fallen for as many looks as the job's patience."""
+    def _over(self) -> bool:
+        """Whether all steps are done, or the held-out loss has not fallen for as many looks as the job's patience."""
         since = [step for step in self.history.validation if step > (self.history.best_step or 0)]
-        return 0 < self.job.patience <= len(since)
+        return self.done >= self.steps or 0 < self.job.patience <= len(since)
 
     def step(self) -> float:
         """The loss of the next optimizer step over all its micro-batches, taken unless its gradients are not finite."""

@@ -125,6 +125,19 @@ def test_a_finished_run_resumes_to_itself_and_can_be_made_longer(tmp_path: Path)
     assert (more.resumed[-1], more.extends) == (steps, steps)
 
 
+def test_a_run_that_ended_early_resumes_to_itself(tmp_path: Path) -> None:
+    config = replace(CONFIG, learning_rate=3.0, steps=60, validate_every=1, sample_every=50)
+    looks: list[int] = []
+    work = replace(job(tmp_path), patience=2, sample=looks.append)
+    weight, fitted = train(work, config)
+    end = len(fitted.history.losses)
+    assert end == fitted.history.best_step + 2 < 50 and looks == [0, end]
+    again, more = train(replace(job(tmp_path), patience=2), replace(config, resume=True))
+    assert torch.equal(again, weight) and more.history == fitted.history
+    _, longer = train(job(tmp_path), replace(config, resume=True))
+    assert len(longer.history.losses) == 60
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     train(replace(job(tmp_path), identity={"seed": 1, "rank": 4}))
     with pytest.raises(TrainingError, match=r"of another run: rank 4 \(now 8\), seed 1 \(now None\); use its settings"):
