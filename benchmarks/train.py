@@ -188,9 +188,9 @@ def race(kinds: list[str], path: Path, batch: int, steps: int, tiny: bool) -> di
             process.wait()
     return {
         kind: {
-            "least": min(row[0] for row in rows[1:]),
-            "median": statistics.median(row[0] for row in rows[1:]),
-            "wall": min(row[1] for row in rows[1:]),
+            "least": min(row[0] for row in rows[1:] or rows),
+            "median": statistics.median(row[0] for row in rows[1:] or rows),
+            "wall": min(row[1] for row in rows[1:] or rows),
             "peak_gib": rows[-1][2],
         }
         for kind, rows in found.items()
@@ -211,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", default=["ours", "kohya", "peft", "lycoris"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each; 0 takes the first, for memory")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--tiny", action="store_true", help="a UNet of toy size, to try this script")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
