@@ -22,7 +22,7 @@ from lora_vision.tools import places, plots
 
 _FELT = (
     "in the base's predictions, with both at 1: the first is moved by {:.2f} of its own effect, the second by {:.2f} "
-    "(0: the other is not felt)"
+    "(0: the other is not felt; the one that is moved more mostly gives way)"
 )
 
 
