@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -204,6 +206,30 @@ def test_names_unknown_keys(key: str, tmp_path: Path, caplog: pytest.LogCaptureF
     assert key in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lora_adapter_metadata", '"x"'),
+        ("lora_adapter_metadata", '["unet.r"]'),
+        ("lora_vision.alpha", f'{{"{LINEAR}": 1{"0" * 400}}}'),
+        ("lora_vision.alpha", f'{{"{LINEAR}": 0}}'),
+    ],
+)
+def test_header_fields_that_make_no_sense_are_refused(field: str, value: str, tmp_path: Path) -> None:
+    pair = {f"{LINEAR}.lora_A.weight": torch.ones(4, 16), f"{LINEAR}.lora_B.weight": torch.ones(16, 4)}
+    save_file(pair, tmp_path / "a.safetensors", {field: value})
+    with pytest.raises(AdapterError, match=field):
+        load_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (1, 7)])
+def test_magnitudes_of_another_layer_are_refused(shape: tuple[int, int], tmp_path: Path) -> None:
+    pair = {f"{LINEAR}.lora_A.weight": torch.ones(4, 16), f"{LINEAR}.lora_B.weight": torch.ones(16, 4)}
+    save_file(pair | {f"{LINEAR}.dora_scale": torch.ones(shape)}, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="a magnitude of 7 numbers for 16"):
+        load_adapter(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("missing", ["lora_up.weight", "lora_down.weight"])
 def test_refuses_half_a_layer(missing: str, tmp_path: Path) -> None:
     tensors = load_file(save_adapter(every_kind()["lora"], tmp_path / "a.safetensors"))
@@ -271,6 +297,24 @@ def test_a_pickle_needs_permission_and_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"convert --allow-pickle.*allow_pickle=True"):
         load_adapter(tmp_path / "a.pt")
     assert_same(load_adapter(tmp_path / "a.pt", allow_pickle=True), Adapter(every_kind()["lora"].layers))
+    torch.save({key: t.item() if key.endswith("alpha") else t for key, t in tensors.items()}, tmp_path / "a.pt")
+    assert_same(load_adapter(tmp_path / "a.pt", allow_pickle=True), Adapter(every_kind()["lora"].layers))
+    torch.save({key: tensor.to("meta") for key, tensor in tensors.items()}, tmp_path / "meta.pt")
+    with pytest.raises(AdapterError, match="on meta; expected plain numbers"):
+        load_adapter(tmp_path / "meta.pt", allow_pickle=True)
     torch.save({"x": os.system}, tmp_path / "evil.pt")
     with pytest.raises(AdapterError, match="without running code"):
         load_adapter(tmp_path / "evil.pt", allow_pickle=True)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_pickle_is_refused_or_read(zipped: bool, tmp_path: Path) -> None:
+    tensors = load_file(save_adapter(every_kind()["lora"], tmp_path / "a.safetensors"))
+    torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    whole, draw = (tmp_path / "a.pt").read_bytes(), random.Random(0)
+    for _ in range(100):
+        broken = bytearray(whole)
+        broken[draw.randrange(min(len(whole), 2500))] = draw.randrange(256)
+        (tmp_path / "b.pt").write_bytes(broken)
+        with contextlib.suppress(AdapterError):
+            assert load_adapter(tmp_path / "b.pt", allow_pickle=True).layers

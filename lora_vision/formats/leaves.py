@@ -225,10 +225,15 @@ def _build(name: str, left: dict[str, Any]) -> Factors:
     inner = _direction(name, left, alpha)
     if magnitude is None:
         return inner
-    if axis == 0 and inner.size and magnitude.numel() != inner.size[0]:
-        raise AdapterError(f"a magnitude of {magnitude.numel()} numbers for {inner.size[0]} output features")
     from lora_vision import factors as kinds
 
+    if axis == 0:
+        features = inner.size and inner.size[0]
+    else:
+        features = inner.down.shape[1] if isinstance(inner, kinds.LowRank) else None
+    if features and magnitude.numel() != features:
+        side = "input" if axis else "output"
+        raise AdapterError(f"a magnitude of {magnitude.numel()} numbers for {features} {side} features")
     return kinds.Dora(inner, magnitude, axis)
 
 
