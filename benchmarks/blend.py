@@ -1,6 +1,7 @@
 """What a blend costs: forward, change, merge, move a weight, restore; diffusers with PEFT takes turns in one process.
 
-    python benchmarks/blend.py [--config sd15 | small] [--counts 1 2 4 8] [--repeats 3] [--latent 32] [--skip-vit]
+    python benchmarks/blend.py [--config sd15 | small] [--counts 1 2 4 8] [--repeats 3] [--latent 32]
+                                [--measure change forward rows]
 
 Prints CPU milliseconds (process time, the least of the repeats) and the ratio to the first of each line: the bare UNet
 for a forward, the in-place addmm of the stacked factors for a merge, a plain copy of the touched weights for a restore.
@@ -86,12 +87,13 @@ def best(jobs: Jobs, repeats: int) -> dict[str, float]:
 
 
 class Bench:
-    """Three UNets on the same weights: bare, under a Blend, under PEFT; adapters a0, a1, ... in the latter two."""
+    """Three UNets of one configuration: bare, under a Blend, under PEFT; adapters a0, a1, ... in the latter two."""
 
-    def __init__(self, config: str, count: int, latent: int) -> None:
+    def __init__(self, config: str, count: int, latent: int, apart: bool) -> None:
         torch.manual_seed(0)
         self.bare = unet(config)
-        self.ours, self.theirs = (unet(config, self.bare.state_dict()) for _ in range(2))
+        self.ours = unet(config, None if apart else self.bare.state_dict())  # merging writes in place
+        self.theirs = unet(config, self.bare.state_dict())
         self.inputs = (
             torch.randn(1, 4, latent, latent),
             torch.tensor(500),
@@ -171,6 +173,23 @@ class Bench:
         return {kind: {name: min(times) for name, times in each.items()} for kind, each in found.items()}
 
 
+def blends(config: str, counts: list[int], repeats: int, latent: int, measure: list[str]) -> None:
+    """Prints what each number of adapters costs on a UNet."""
+    bench = Bench(config, max(counts), latent, apart="merge" in measure)
+    for count in counts:
+        chosen = list(bench.adapters)[:count]
+        bench.set(chosen)
+        if "change" in measure:
+            show("change", count, bench.change(chosen, repeats))
+            bench.set(chosen)
+        if "merge" in measure:
+            for what, times in bench.merge(chosen, repeats).items():
+                show(what, count, times)
+    for count in counts if "forward" in measure else ():
+        bench.set(list(bench.adapters)[:count])
+        show("forward", count, bench.forward(repeats))
+
+
 def vit_rows(repeats: int) -> dict[str, float]:
     """Returns the seconds of ViT-B on 16 pictures: bare, one adapter for all, another adapter for each picture."""
     from transformers import ViTConfig, ViTModel
@@ -211,23 +230,14 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--latent", type=int, default=32, help="side of the latents; 64 is a picture of 512 pixels")
-    parser.add_argument("--skip-vit", action="store_true")
+    kinds = ["change", "merge", "forward", "rows"]
+    parser.add_argument("--measure", choices=kinds, nargs="+", default=kinds, help="merge: and move, and restore")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        bench = Bench(options.config, max(options.counts), options.latent)
-        for count in options.counts:
-            chosen = list(bench.adapters)[:count]
-            bench.set(chosen)
-            show("change", count, bench.change(chosen, options.repeats))
-            bench.set(chosen)
-            for what, times in bench.merge(chosen, options.repeats).items():
-                show(what, count, times)
-        for count in options.counts:
-            bench.set(list(bench.adapters)[:count])
-            show("forward", count, bench.forward(options.repeats))
-        if not options.skip_vit:
-            del bench
+        if set(options.measure) - {"rows"}:
+            blends(options.config, options.counts, options.repeats, options.latent, options.measure)
+        if "rows" in options.measure:
             show("vit rows", 16, vit_rows(options.repeats))
 
 

@@ -20,9 +20,10 @@ from lora_vision.errors import AdapterError, BaseModelError
 from lora_vision.files import load_adapter
 from lora_vision.inject import LoadReport, compare, refuse_adapted, refuse_unfit
 from lora_vision.layers import check_wrappable
+from lora_vision.originals import Keep
 from lora_vision.regions import Region, check_masks
 from lora_vision.schedules import Schedule
-from lora_vision.stack import Keep, Stack
+from lora_vision.stack import Stack
 from lora_vision.targets import match, select
 
 Weight = float | Mapping[str, float]
@@ -219,8 +220,9 @@ class Blend:
     def merge(self, only: Iterable[str] | None = None, *, keep: Keep = "device") -> None:
         """Writes sounding adapters into the model's weights: no cost per step any more. Others stay live.
 
-        ``set`` still works and rewrites the weights, from the untouched ones each time. On a CPU the memory of merged
-        float32 weights is kept for the next merge until an adapter is removed: clone a ``state_dict()`` taken of them.
+        ``set`` still works and rewrites the weights, from the untouched ones each time. They are written in place: what
+        shares their memory, such as a ``state_dict()`` taken before, changes with them. Untouched weights kept in CPU
+        memory stay there after ``restore``, for the next merge, until an adapter is removed.
 
         Args:
             only: Names of the adapters to merge; by default all that sound.

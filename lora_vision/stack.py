@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +26,12 @@ from lora_vision.layers import (
     unwrap,
     wrap,
 )
+from lora_vision.originals import Keep, Originals, add_pairs
 
 logger = logging.getLogger(__name__)
 
 _SPARE = 512
 """The most ranks that a stack on a CPU has free at first."""
-
-Keep = Literal["device", "cpu", "nowhere"]
 
 
 class Stack:
@@ -53,9 +51,7 @@ class Stack:
         self._reserve = dict(reserve or {})
         self._banks: list[Bank] = []
         self._mode = (1, False)
-        self._originals: dict[str, dict[str, Tensor]] = {}
-        self._forgotten: set[str] = set()
-        self._spare: dict[str, Tensor] = {}
+        self._originals = Originals()
         self._parked: tuple[tuple[str, ...], dict[str, tuple[Tensor | None, Tensor | None]]] = ((), {})
         self._numbers = {name: number for number, name in enumerate(layers)}
         for name in self._reserve:
@@ -93,7 +89,8 @@ class Stack:
     def remove(self, name: str) -> None:
         """Forgets an adapter that neither sounds nor is merged; layers no other adapter uses are plain again."""
         gone = self.loaded.pop(name)
-        self._spare, self._parked = {}, ((), {})
+        self._parked = ((), {})
+        self._originals.drop_idle()
         used = {layer for other in self.loaded.values() for layer in other.columns} | self._reserve.keys()
         for layer in gone.columns.keys() - used:
             unwrap(self._wrapped(layer))
@@ -171,14 +168,14 @@ class Stack:
             raise AdapterError("different weights for each row cannot be merged; set one weight for all rows first")
         touched = {layer for name in {*self.merged, *weights} for layer in self.loaded[name].columns}
         for layer in touched:
-            shifts = any(
-                layer in self.loaded[name].dense and self.loaded[name].dense[layer].bias is not None for name in weights
-            )
-            if shifts and self._wrapped(layer).bias is None:
+            found = (self.loaded[name].dense.get(layer) for name in weights)
+            if base_tensor(self._wrapped(layer), "bias") is None and any(
+                f and f.bias_delta() is not None for f in found
+            ):
                 raise AdapterError(f"{layer} has no bias but the adapter adds one: it can be live, not merged")
             if self._wrapped(layer).weight.device.type == "meta":
                 raise BaseModelError(f"{layer} is parked by CPU offload; merge before turning offload on, or use live")
-            if layer in self._forgotten:
+            if layer in self._originals.forgotten:
                 raise BaseModelError(f"{layer} was merged with keep='nowhere': its untouched weight is gone")
 
     def restore(self) -> None:
@@ -187,16 +184,16 @@ class Stack:
         Raises:
             BaseModelError: They were not kept.
         """
-        if self._forgotten:
+        if self._originals.forgotten:
             raise BaseModelError("merged with keep='nowhere': the untouched weights are gone; load the base again")
         self.merge({})
 
     def clear(self) -> None:
         """Takes everything out: merged weights restored (if kept), all layers plain again."""
-        if not self._forgotten:
+        if not self._originals.forgotten:
             self.restore()
         self.sounding, self._banks, self.merged, self._reserve = (), [], {}, {}
-        self._spare, self._parked = {}, ((), {})
+        self._parked = ((), {})
         for name in list(self.loaded):
             self.remove(name)
         for layer in self.layers.values():
@@ -209,8 +206,8 @@ class Stack:
         return module
 
     def _untouched(self, layer: str, name: str) -> Tensor | None:
-        kept = self._originals.get(layer, {})
-        return kept[name] if name in kept else base_tensor(self._wrapped(layer), name)
+        kept = self._originals.get(layer, name)
+        return base_tensor(self._wrapped(layer), name) if kept is None else kept
 
     def _grow(self) -> None:
         """Widens the reserve where the sounding adapters need more, once and with a warning."""
@@ -346,27 +343,17 @@ class Stack:
                 pairs.append((loaded.pairs[name], share))
             if name in loaded.dense and share:
                 parts.append((loaded.dense[name], share))
-        kept = self._originals.pop(name, {})
-        for attribute, original in kept.items():
-            held = getattr(layer, attribute)
-            stacked = any(name in each.ranks for each in self.loaded.values())
-            if stacked and (attribute, held.device.type, held.dtype) == ("weight", "cpu", torch.float32):
-                self._spare[name] = held.data  # memory for the next merge: fresh pages cost more than the product
-            held.data = original.to(held.device, held.dtype)
+        self._originals.put_back(name, layer)
         weight, bias = self._dense_sum(name, parts)
+        if pairs or weight is not None:
+            self._originals.save(name, layer, "weight", keep)
+        if bias is not None:
+            self._originals.save(name, layer, "bias", keep)
+            layer.bias.data.copy_(bias)
         if pairs:
-            room = layer.weight.data if keep == "nowhere" else self._spare.pop(name, None)
-            weight = _added(layer.weight if weight is None else weight, pairs, room)
-        for attribute, value in (("weight", weight), ("bias", bias)):
-            if value is None:
-                continue
-            held = getattr(layer, attribute)
-            if keep == "nowhere":
-                self._forgotten.add(name)
-            else:
-                original = held.data.to("cpu") if keep == "cpu" else held.data
-                self._originals.setdefault(name, {})[attribute] = original
-            held.data = value.to(held.dtype)
+            add_pairs(layer.weight.data if weight is None else weight, pairs)
+        if weight is not None:
+            layer.weight.data.copy_(weight)
 
 
 def _room(layer: LoraLayer, width: int, kept: int, number: int) -> tuple[Tensor, Tensor]:
@@ -411,14 +398,3 @@ def _ranks(
     if old is not None and kept:
         new.narrow(axis, 0, kept).copy_(old.narrow(axis, 0, kept))
     return new
-
-
-def _added(weight: Tensor, pairs: list[tuple[LowRank, float]], spare: Tensor | None) -> Tensor:
-    """weight + Σ share · delta of each pair, float32, one product of the stacked factors, in ``spare`` if it fits."""
-    at, exact = weight.device, torch.float32
-    up = torch.cat([pair.up.to(at, exact).flatten(1) * (pair.scale * share) for pair, share in pairs], dim=1)
-    down = torch.cat([pair.down.to(at, exact).flatten(1) for pair, _ in pairs])
-    base = weight.float().flatten(1)
-    fits = spare is not None and (spare.shape, spare.dtype) == (weight.shape, exact) and spare.is_contiguous()
-    out = spare.view(base.shape) if fits and spare is not None else None
-    return torch.addmm(base, up, down, out=out).view(weight.shape)

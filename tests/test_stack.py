@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_vision.factors import LowRank
+from lora_vision.errors import AdapterError
+from lora_vision.factors import Dora, LowRank
 from lora_vision.stack import Stack
 
 PLACES = {"a": ("l0", "l1", "conv"), "b": ("l0", "conv"), "c": ("l0", "l1", "conv"), "d": ("l1",)}
@@ -93,7 +94,7 @@ def test_rows_read_only_the_ranks_they_take() -> None:
 
 
 @torch.no_grad()
-def test_restore_copies_no_factors_and_merge_takes_its_memory_again() -> None:
+def test_restore_copies_no_factors_and_merging_moves_no_weight() -> None:
     net = Net()
     weights = net.weights(*PLACES)
     net.stack.apply(weights)
@@ -128,3 +129,62 @@ def test_a_tenth_adapter_moves_no_other_and_a_copy_takes_no_spare_room() -> None
     assert torch.allclose(layers["l3"](x), F.linear(x, expected, layers["l3"].bias), atol=1e-3)
     alone = copy.deepcopy(layers["l3"])
     assert torch.equal(alone(x), layers["l3"](x)) and alone.lora_down.untyped_storage().nbytes() == 64 * 80 * 4
+
+
+@pytest.mark.parametrize("how", ["in place", "through data", "another memory", "one token"])
+@torch.no_grad()
+def test_a_weight_written_to_after_a_restore_is_copied_afresh(how: str) -> None:
+    layer = nn.Embedding(90, 16) if how == "one token" else nn.Linear(16, 90, bias=False)
+    stack = Stack({"l": layer})
+    stack.add("a", {"l": LowRank(torch.randn(3, layer.weight.shape[1]), torch.randn(len(layer.weight), 3), 3.0)})
+    change = stack.loaded["a"].pairs["l"].delta()
+    stack.merge({"a": torch.ones(1, 1)})
+    stack.restore()
+    if how == "in place":
+        layer.weight[7, 5] = 9.0
+    elif how == "through data":
+        layer.weight.data.mul_(0.5)
+    elif how == "another memory":
+        layer.weight.data = torch.randn_like(layer.weight)
+    else:
+        layer.weight.data[7] = 9.0
+    wanted = layer.weight.clone()
+    stack.merge({"a": torch.ones(1, 1)})
+    assert torch.allclose(layer.weight, wanted + change, atol=1e-5)
+    stack.restore()
+    assert torch.equal(layer.weight, wanted)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_merging_writes_in_place_and_its_copy_serves_again_until_an_adapter_goes(format: torch.memory_format) -> None:
+    layer = nn.Conv2d(8, 8, 3).to(memory_format=format)
+    stack, wanted, place = Stack({"l": layer}), layer.weight.clone(), layer.weight.data_ptr()
+    for name in "ab":
+        stack.add(name, {"l": LowRank(torch.randn(3, 8, 3, 3), torch.randn(8, 3), 3.0)})
+    for names in ("a", "ab", "b"):
+        stack.merge({name: torch.ones(1, 1) for name in names})
+        expected = wanted + sum(stack.loaded[name].pairs["l"].delta() for name in names)
+        assert torch.allclose(layer.weight, expected, atol=1e-5) and layer.weight.data_ptr() == place
+    stack.restore()
+    assert torch.equal(layer.weight, wanted) and layer.weight.data_ptr() == place
+    (copy_,) = stack._originals._copies.values()
+    stack.merge({"a": torch.ones(1, 1)})
+    (again,) = stack._originals._copies.values()
+    assert (again is copy_) == (format is torch.contiguous_format)
+    stack.restore(), stack.remove("a")
+    assert not stack._originals._copies
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@torch.no_grad()
+def test_a_bias_where_the_layer_has_none_is_live_and_not_merged(inside: bool) -> None:
+    layer = nn.Linear(16, 24, bias=False)
+    pair = LowRank(torch.randn(3, 16), torch.randn(24, 3), 3.0, bias=torch.ones(24))
+    stack = Stack({"l": layer})
+    stack.add("a", {"l": Dora(pair, torch.ones(24)) if inside else pair})
+    with pytest.raises(AdapterError, match="has no bias"):
+        stack.merge({"a": torch.ones(1, 1)})
+    assert not stack.merged
+    stack.clear()
+    assert type(layer) is nn.Linear
