@@ -40,7 +40,7 @@ def main() -> None:
     pipe = load_base("tiny").pipeline()
     unet: Any = pipe.unet
     pipe.scheduler.set_timesteps(4)
-    blend = lv.Blend(pipe, capacity=64, targets="style")
+    blend = lv.Blend(pipe, capacity=64, targets="attention+ff+conv")
     compiled = torch.compile(unet, backend=options.backend)
     noise = torch.randn(2, unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     text = pipe.text_encoder(torch.zeros(2, pipe.tokenizer.model_max_length, dtype=torch.long))[0]
