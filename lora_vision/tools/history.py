@@ -33,7 +33,7 @@ class Entry:
         data: Fingerprint of the pictures it was trained on.
         parents: The files it was made of, or whose training it went on with: as they are called here, else as they
             were called then.
-        resumed: The steps done each time its training went on from a checkpoint.
+        resumed: The steps done each time its training went on from a checkpoint, so far as they led to this file.
         scores: What its training folder tells: losses, best step.
         settings: With which settings it was made.
     """
@@ -112,7 +112,8 @@ def _entry(folder: Path, file: Path) -> tuple[Entry, tuple[Mapping[str, Any], ..
         return None
     told = lineage.read(metadata)
     how = told.how if told else "train" if "lora_vision.config" in metadata else "unknown"
-    steps = metadata.get("lora_vision.step") or metadata.get("ss_steps")
+    told_steps = metadata.get("lora_vision.step") or metadata.get("ss_steps") or ""
+    steps = int(told_steps) if told_steps.isdecimal() else None
     status, run = file.stat(), _run(file) if how == "train" else {}
     entry = Entry(
         file=str(file.relative_to(folder)),
@@ -121,11 +122,11 @@ def _entry(folder: Path, file: Path) -> tuple[Entry, tuple[Mapping[str, Any], ..
         changed=datetime.fromtimestamp(status.st_mtime).isoformat(timespec="seconds"),
         how=how,
         version=metadata.get("lora_vision.version"),
-        steps=int(steps) if steps and steps.isdecimal() else None,
+        steps=steps,
         base=metadata.get("lora_vision.base") or metadata.get("ss_sd_model_name"),
         data=metadata.get("lora_vision.data_fingerprint"),
         parents=(),
-        resumed=_resumed(run),
+        resumed=tuple(step for step in _resumed(run) if steps is None or step < steps),
         scores=_scores(run),
         settings=_settings(metadata),
     )
