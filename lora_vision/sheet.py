@@ -28,7 +28,8 @@ def sheet(pictures: Sequence[Sequence[Image.Image]], rows: Sequence[str], column
         draw.multiline_text(middle, "\n".join(lines), "black", font, anchor="md", align="center")
     for y, (label, line) in enumerate(zip(rows, pictures, strict=True)):
         corner = top + y * (height + gap)
-        words = "\n".join(textwrap.wrap(label, characters)[: height // text])
+        parts = [part for each in label.splitlines() for part in textwrap.wrap(each, characters)]
+        words = "\n".join(parts[: height // text])
         draw.multiline_text((width - gap, corner + height / 2), words, "black", font, anchor="rm", align="right")
         for x, picture in enumerate(line):
             place = (left + x * (width + gap), corner)
