@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,8 @@ def train_teacher(work: Path, data: Drawings, total: int) -> Teacher:
     """Returns the teacher, trained to name the subjects; checkpoint and log lie in ``work``."""
     torch.manual_seed(3)
     run, generator = Run(work, "teacher"), torch.Generator()
-    teacher: Any = Teacher(len(data.names)).to(memory_format=torch.channels_last)
+    teacher = Teacher(len(data.names))
+    cast(Any, teacher).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=total, pct_start=0.1)
     start = 0
