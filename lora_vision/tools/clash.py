@@ -11,6 +11,7 @@ from lora_vision.adapter import Adapter
 from lora_vision.base import Base
 from lora_vision.blend import Blend
 from lora_vision.samples import draw
+from lora_vision.tools.trials import Watch
 
 
 def moved(base: Base, pair: Mapping[str, Adapter], prompts: Mapping[str, Sequence[str]], seed: int = 0) -> list[float]:
@@ -45,7 +46,7 @@ def moved(base: Base, pair: Mapping[str, Adapter], prompts: Mapping[str, Sequenc
     return found
 
 
-class _Question:
+class _Question(Watch):
     """While it is on, every UNet call is repeated without adapters and with all of them.
 
     Attributes:
@@ -54,26 +55,15 @@ class _Question:
     """
 
     def __init__(self, unet: nn.Module, blend: Blend, every: Mapping[str, float]) -> None:
-        self.unet, self.blend, self.every = unet, blend, every
-        self.own, self.between, self.busy = 0.0, 0.0, False
+        super().__init__(unet, blend)
+        self.every, self.own, self.between = every, 0.0, 0.0
 
-    def __enter__(self) -> _Question:
-        self.handle = self.unet.register_forward_hook(self.after, with_kwargs=True)
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self.handle.remove()
-
-    def after(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Asks, and adds up the differences."""
-        if self.busy:
-            return
-        self.busy = True
         with self.blend.using({}):
-            plain = unet(*args, **kwargs)
+            plain = self.unet(*args, **kwargs)
         with self.blend.using(self.every):
-            both = unet(*args, **kwargs)
-        self.busy = False
+            both = self.unet(*args, **kwargs)
         self.own += _distance(output[0], plain[0])
         self.between += _distance(both[0], output[0])
 

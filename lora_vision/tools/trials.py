@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ class _Studio:
     def run(self) -> Trials:
         """All pictures, drawn."""
         plain = self.draw(())
-        with _Watch(self.base.unet, self.blend) as watch:
+        with _Differences(self.base.unet, self.blend) as watch:
             full = self.draw(self.blocks)
         without = {block: self.draw([b for b in self.blocks if b != block]) for block in self.blocks}
         only = {block: self.draw([block]) for block in self.blocks}
@@ -144,15 +144,13 @@ class _Studio:
         return self.blocks, plain
 
 
-class _Watch:
-    """While it is on, every UNet call is repeated without adapters, and the difference kept."""
+class Watch:
+    """While it is on, `asked` hears of every UNet call and may ask the UNet the same again."""
 
     def __init__(self, unet: nn.Module, blend: Blend) -> None:
-        self.unet, self.blend = unet, blend
-        self.found: dict[int, list[tuple[float, float, Tensor]]] = {}
-        self.busy = False
+        self.unet, self.blend, self.busy = unet, blend, False
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> Self:
         self.handle = self.unet.register_forward_hook(self.after, with_kwargs=True)
         return self
 
@@ -160,13 +158,27 @@ class _Watch:
         self.handle.remove()
 
     def after(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The hook; questions of its own are not followed by others."""
+        if not self.busy:
+            self.busy = True
+            self.asked(args, kwargs, output)
+            self.busy = False
+
+    def asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """What is done about a call and its output."""
+
+
+class _Differences(Watch):
+    """Keeps the difference of every prediction from the base's own."""
+
+    def __init__(self, unet: nn.Module, blend: Blend) -> None:
+        super().__init__(unet, blend)
+        self.found: dict[int, list[tuple[float, float, Tensor]]] = {}
+
+    def asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Compares a prediction with the base's own; guidance's other half, which has no prompt, is left out."""
-        if self.busy:
-            return
-        self.busy = True
         with self.blend.using({}):
-            silent = unet(*args, **kwargs)
-        self.busy = False
+            silent = self.unet(*args, **kwargs)
         mine, plain = (each[0].float().cpu() for each in (output, silent))
         mine, plain = mine[len(mine) // 2 :], plain[len(plain) // 2 :]
         time = int(torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]).flatten()[0])
