@@ -240,7 +240,7 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
         recipe = replace(recipe, learning_rate=self.usual_rate(recipe.learning_rate))
         open_fields = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
         if self.sample_every is None:
-            open_fields["sample_every"] = max(1, (self.steps or recipe.steps) // 4)
+            open_fields["sample_every"] = -(-(self.steps or recipe.steps) // 4)
         return replace(self, **open_fields)
 
 

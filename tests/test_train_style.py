@@ -353,7 +353,7 @@ def test_what_the_user_leaves_open_is_the_bases_own() -> None:
     recipe = lv.load_base.__globals__["RECIPES"]["sdxl"]
     config = StyleConfig(data="d", output="o.safetensors", rank=3).filled(recipe)
     assert (config.rank, config.resolution, config.steps) == (3, recipe.resolution, recipe.steps)
-    assert config.sample_every == recipe.steps // 4
+    assert config.sample_every == -(-recipe.steps // 4)
     assert StyleConfig(data="d", output="o.safetensors", sample_every=0).filled(recipe).sample_every == 0
 
 
