@@ -48,6 +48,6 @@ test: lint
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/load.py
-	$(BIN)/python benchmarks/blend.py --peft
+	$(BIN)/python benchmarks/blend.py
 	$(BIN)/python benchmarks/train_style_vs_peft.py --data lora_vision/pictures/blueprint --output runs/versus
 	$(BIN)/python benchmarks/base_quality.py --work runs/base
