@@ -29,7 +29,7 @@ from lora_vision.charts import loss_curve
 from lora_vision.config import LoraConfig
 from lora_vision.inject import collect
 from lora_vision.tools.card import licence_of, write_card
-from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, weight_dtype
+from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, put, weight_dtype
 from lora_vision.vit.augment import level
 from lora_vision.vit.backbone import Backbone, load_backbone
 from lora_vision.vit.classifier import Classifier, Domain, load_classifier, save, with_head
@@ -147,12 +147,10 @@ def identity(config: VitConfig, backbone: Backbone, pictures: Dataset) -> dict[s
     return mine | {"base fingerprint": backbone.fingerprint, "data fingerprint": pictures.fingerprint}
 
 
-@torch.no_grad()
 def keep_best(config: VitConfig, parameters: Sequence[nn.Parameter], fitted: Fitted) -> None:
     """Go back to the weights that were best on the held-out pictures, if so asked."""
     if config.keep == "best" and fitted.best is not None:
-        for parameter, value in zip(parameters, fitted.best, strict=True):
-            parameter.copy_(value)
+        put(parameters, fitted.best)
 
 
 def finish(

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lora_vision.config import FitConfig, LoraConfig
-from lora_vision.training import Job, fit, make_accelerator
+from lora_vision.training import Job, fit, make_accelerator, put
 from lora_vision.vit.augment import level
 from lora_vision.vit.backbone import load_backbone
 from lora_vision.vit.classifier import Classifier
@@ -114,9 +114,8 @@ def train_once(
     began = time.perf_counter()
     fitted = fit(Job(loss, parameters, samples, held_out, rates=times), settings, accelerator)
     seconds = time.perf_counter() - began
-    with torch.no_grad():
-        for parameter, value in zip(parameters, fitted.best or parameters, strict=True):
-            parameter.copy_(value)
+    if fitted.best is not None:
+        put(parameters, fitted.best)
     trained = sum(parameter.numel() for parameter in parameters)
     quality = assess(classifier, pictures)
     return Run(name, seed, *quality, seconds, memory, trained, 4 * trained, latency(classifier))
