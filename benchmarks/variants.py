@@ -5,7 +5,8 @@
 DIR is the folder of ``train_tiny_base.py`` (see ``style_quality.py``). Each row is ``lora-vision train style`` on one
 bundled picture set with nothing set but what the row names, its rate the base's own, in fewer steps than the default,
 so that what learns faster shows. Each adapter then draws held-out nouns, which the judges name. Rows that are done lie
-in DIR/variants.jsonl and are not trained again; rows share nothing but the encoded pictures. Prints a table.
+in DIR/variants.jsonl and are not trained again; rows share nothing but the encoded pictures. Prints each row as it
+comes, then a table of their means over the seeds, the best first: by style times subject, then by colour distance.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,6 +43,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "dora": {"variant": "dora"},
     "pissa": {"variant": "pissa"},
     "lora+, 16": {"up_rate": 16.0},
+    "lora+, 4": {"up_rate": 4.0},
+    "twice the rate": {"learning_rate": 2e-3},
+    "four times the rate": {"learning_rate": 4e-3},
     "rslora": {"variant": "rslora"},
     "loha": {"variant": "loha"},
     "lokr": {"variant": "lokr"},
@@ -118,6 +123,24 @@ def main() -> None:
                     file.write(json.dumps(found) + "\n")
             rows.append(found)
             print(" | ".join([f"{row:<24} {seed}", *(f"{found[name]:.3f}" for name in COLUMNS)]), flush=True)
+    print("\n".join(table(rows)))
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table: the mean of each row over its seeds, and of its score and colours the spread too."""
+    names = list(dict.fromkeys(each["row"] for each in rows))
+    found = {name: [each for each in rows if each["row"] == name] for name in names}
+    mean = {name: {c: fmean(each[c] for each in found[name]) for c in COLUMNS} for name in names}
+    scores = {name: [each["style"] * each["subject"] for each in found[name]] for name in names}
+    names.sort(key=lambda name: (-round(fmean(scores[name]), 6), mean[name]["colour distance"]))
+    lines = [f"| | score | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 2)}"]
+    for name in names:
+        distances = [each["colour distance"] for each in found[name]]
+        cells = {c: f"{mean[name][c]:.3f}" for c in COLUMNS} | {"seconds": f"{mean[name]['seconds']:.0f}"}
+        cells["colour distance"] += f" ± {pstdev(distances):.3f}"
+        score = f"{fmean(scores[name]):.3f} ± {pstdev(scores[name]):.3f}"
+        lines.append(f"| {name} | {score} | {' | '.join(cells.values())} |")
+    return lines
 
 
 if __name__ == "__main__":
