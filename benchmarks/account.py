@@ -6,12 +6,25 @@ DIR is the folder of ``train_tiny_base.py`` (the judges). For each style adapter
 the look, and the judges' share of pictures in that style with the whole adapter, without those blocks, with those
 alone, and, for comparison, without each other set of as many blocks (the mean and the lowest).
 
-For each pair, both at full weight: what ``compare`` foretells (``fight`` from the weights, ``moved`` with the base),
-and what the judge measures of each style in it: the loss of style accuracy, and of style evidence. Evidence is the
-log-odds the judge gives the style, the mean over pictures; its loss is the share of what the adapter alone added to
-the base's that is gone with both. Accuracy can tell only that one of two styles won. Then the rank correlations over
-pairs (means over the styles of a pair), and of ``moved`` over styles and partners. A subject adapter has no style: it
-counts as the partner only. Prints one JSON object.
+For each pair, both at full weight: what ``compare`` foretells, and what the judge measures of each style in it: the
+loss of style accuracy, from what the adapter reaches alone, on every second noun (two halves) and on all. A subject
+adapter has no style: the pair's measured loss is the mean over its styles.
+
+What is foretold, written down before any of it was seen beside a judge:
+
+- ``share``: 1 - the style's share of the look of 8 pictures drawn with both (``clash.py``), for a style with a partner;
+  for a pair the mean over its styles, as the measured loss is.
+- ``lost``: the one number of a pair, which does not know what is a style and what a subject.
+- ``moved`` and ``fight``, the earlier predictions, from the UNet's predictions and from the weights.
+
+The reason for shares: the judge takes a picture for one style among several, so what counts is not how far the look
+has gone from the style's own but whose look it is nearest to; distances from the base alone would say little of two
+dark styles. A hard choice of the nearest has few values in 8 pictures; inverse squares of distances are the usual soft
+one. ``moved`` goes if ``share`` ranks the styles with a partner better and the pairs not worse.
+
+Then rank correlations of each with the measured loss: over styles with a partner, all pairs, pairs of two styles, and
+every choice of two of the styles with the subject. Beside them the ceiling: the two halves of the measurement with each
+other. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -38,12 +51,12 @@ from lora_vision.report import inspect
 from lora_vision.tiny.subjects import caption
 from lora_vision.tools import page, places
 from lora_vision.tools.account import account
-from lora_vision.tools.clash import moved
-from lora_vision.tools.commands import prompts_of
+from lora_vision.tools.clash import clash, moved
+from lora_vision.tools.commands import prompts_of, prompts_of_both
 from lora_vision.tools.compare import compare
 from lora_vision.tools.trials import Trials, patterns, trials
 
-MEASURED = ("moved", "accuracy", "evidence")
+LOSSES = ("loss", "first half", "second half")
 
 
 class Studio:
@@ -71,16 +84,14 @@ class Studio:
         return self.rows[label]
 
     @torch.no_grad()
+    def hits(self, label: str, scales: dict[str, Any], style: str) -> Tensor:
+        """Whether the judge calls each picture this style: [B] of 0 and 1."""
+        called = self.judge.style.rank(self.draw(label, scales))[:, 0]
+        return (KIN[called] == KIN[STYLES.index(style)]).float()
+
     def called(self, label: str, scales: dict[str, Any], style: str) -> float:
         """The share of pictures that the judge calls this style."""
-        return self.judge.scores(self.draw(label, scales), style, self.nouns)["style"]
-
-    @torch.no_grad()
-    def evidence(self, label: str, scales: dict[str, Any], style: str) -> float:
-        """The log-odds that the judge gives this style, the mean over pictures."""
-        logits = self.judge.style(self.draw(label, scales))
-        mine = KIN[STYLES.index(style)] == KIN
-        return float((logits[:, mine].logsumexp(1) - logits[:, ~mine].logsumexp(1)).mean())
+        return float(self.hits(label, scales, style).mean())
 
     def less(self, name: str, blocks: tuple[str, ...]) -> dict[str, Any]:
         """Scales: the adapter without these blocks."""
@@ -127,48 +138,58 @@ def carriers(studio: Studio, style: str, found: Trials, most: int) -> dict[str, 
 def pairs(studio: Studio, styles: list[str]) -> dict[str, dict[str, Any]]:
     """For each pair with a style in it: what is foretold, and what each style in it loses."""
     found: dict[str, dict[str, Any]] = {}
-    for one, other in itertools.combinations(studio.adapters, 2):
-        judged = [name for name in (one, other) if name in styles]
+    for pair in itertools.combinations(studio.adapters, 2):
+        judged = [name for name in pair if name in styles]
         if not judged:
             continue
-        pair = {name: studio.adapters[name] for name in (one, other)}
-        told = compare(*pair.values())
-        prompts = {name: prompts_of(adapter.metadata) for name, adapter in pair.items()}
-        felt = dict(zip(pair, moved(load_base(studio.base), pair, prompts), strict=True))
-        both = (f"{one} + {other}", {one: 1.0, other: 1.0})
+        two = [studio.adapters[name] for name in pair]
+        base, own = load_base(studio.base), {name: prompts_of(studio.adapters[name].metadata) for name in pair}
+        told = clash(base, *two, prompts_of_both(*(one.metadata for one in two)))
+        felt = dict(zip(pair, moved(base, dict(zip(pair, two, strict=True)), own), strict=True))
+        shares = dict(zip(pair, told.shares, strict=False))
+        both = (" + ".join(pair), dict.fromkeys(pair, 1.0))
         lost = {}
         for name in judged:
-            alone, base = (f"{name} whole", {name: 1.0}), ("base", {})
-            accuracy = studio.called(*alone, name) - studio.called(*both, name)
-            full, kept, none = (studio.evidence(*each, name) for each in (alone, both, base))
-            lost[name] = {"moved": felt[name], "accuracy": accuracy, "evidence": (full - kept) / (full - none)}
+            gone = studio.hits(f"{name} whole", {name: 1.0}, name) - studio.hits(*both, name)
+            losses = (float(part.mean()) for part in (gone, gone[::2], gone[1::2]))
+            lost[name] = {"share": 1 - shares[name], "moved": felt[name], **dict(zip(LOSSES, losses, strict=True))}
         found[both[0]] = {
-            "fight": told.fight,
-            "cosine": told.cosine,
-            **{kind: sum(each[kind] for each in lost.values()) / len(lost) for kind in MEASURED},
+            "fight": compare(*two).fight,
+            "lost": told.lost,
+            "shares": told.shares,
+            "effects": told.effects,
+            **{key: sum(each[key] for each in lost.values()) / len(lost) for key in ("share", "moved", *LOSSES)},
             "styles": lost,
         }
         print(json.dumps({both[0]: found[both[0]]}), file=sys.stderr, flush=True)
     return found
 
 
-def foretold(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The rank correlation of each prediction with each measured loss."""
+def foretold(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The rank correlation of each prediction with the measured loss, and of its halves with each other."""
     every = list(found.values())
+    two = [pair for pair in every if len(pair["styles"]) == 2]
     each = [style for pair in every for style in pair["styles"].values()]
-    told = {
-        f"{kind} and loss of {loss}, over {len(every)} pairs": ([p[kind] for p in every], [p[loss] for p in every])
-        for kind in ("fight", "moved")
-        for loss in ("accuracy", "evidence")
+    sets = {"styles with a partner": each, "pairs": every, "pairs of two styles": two}
+    for name, pair in found.items():
+        withs = [
+            found[other]
+            for other in found
+            if len(found[other]["styles"]) == 1 and set(found[other]["styles"]) & set(pair["styles"])
+        ]
+        if len(pair["styles"]) == 2 and len(withs) == 2:
+            sets[f"{name}, each with the subject"] = [pair, *withs]
+    return {
+        f"{len(rows)} {name}": {
+            "halves": rank_correlation(*([row[half] for row in rows] for half in LOSSES[1:])),
+            **{
+                key: rank_correlation([row[key] for row in rows], [row["loss"] for row in rows])
+                for key in ("share", "lost", "moved", "fight")
+                if key in rows[0]
+            },
+        }
+        for name, rows in sets.items()
     }
-    told |= {
-        f"moved and loss of {loss}, over {len(each)} styles with a partner": (
-            [style["moved"] for style in each],
-            [style[loss] for style in each],
-        )
-        for loss in ("accuracy", "evidence")
-    }
-    return {name: rank_correlation(*columns) for name, columns in told.items()}
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:
