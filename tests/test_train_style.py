@@ -130,6 +130,8 @@ def test_a_longer_run_names_the_adapter_it_went_on_from(config: StyleConfig) -> 
     assert "resumed from first.safetensors, resumed at step" in table([longer])
     changed = differences(settings_of(kept), settings_of(output))
     assert changed == {"steps": (6, 9), "train resumed at step": (None, 6)}
+    once = output.read_bytes()
+    assert run(replace(config, resume=True, steps=9)).read_bytes() == once, "nothing was trained: the same file"
 
 
 LIBRARIES = {

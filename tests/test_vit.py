@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from lora_vision import names
 from lora_vision.adapter import Adapter
 from lora_vision.errors import AdapterError, BaseModelError, DataError
 from lora_vision.targets import select
+from lora_vision.tools.history import history, settings_of
 from lora_vision.vit.backbone import Qkv, join_qkv, load_backbone, split_qkv
 from lora_vision.vit.classifier import CARD, Classifier, batches, load_classifier, open_domain
 from lora_vision.vit.domains import Domains
@@ -174,9 +176,16 @@ def test_the_file_gives_the_runs_own_logits_bit_for_bit(settings: VitConfig, tra
 
 def test_the_same_run_gives_the_same_file_and_resumes_to_it(settings: VitConfig, trained: Path, tmp_path: Path) -> None:
     half = replace(settings, output=str(tmp_path / "bars.safetensors"), steps=20)
-    run(half)
-    again = run(replace(half, steps=60, resume=True, patience=0))
+    kept = shutil.copy(run(half), tmp_path / "first.safetensors")
+    longer = replace(half, steps=60, resume=True, patience=0, keep="last")
+    again = run(longer)
     assert again.read_bytes() != trained.read_bytes()  # the rate falls to zero twice: another run
+    entries = {entry.file: entry for entry in history(tmp_path)}
+    assert entries["bars.safetensors"].parents == ("first.safetensors",) and not entries["first.safetensors"].parents
+    assert (entries["first.safetensors"].steps, entries["bars.safetensors"].steps) == (20, 60)
+    assert entries["bars.safetensors"].resumed == (20,) and settings_of(kept)["steps"] == 20
+    once = again.read_bytes()
+    assert run(longer).read_bytes() == once, "nothing was trained: the same file, parent and all"
     whole = run(replace(settings, output=str(tmp_path / "whole.safetensors")))
     assert whole.read_bytes() == trained.read_bytes()
 

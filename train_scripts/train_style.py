@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lora_vision import lineage, names
+from lora_vision import names
 from lora_vision.adapter import Adapter
 from lora_vision.base import Base, TextStates, load_base
 from lora_vision.batches import StyleBatch, StyleBatches
@@ -37,14 +37,15 @@ from lora_vision.choices import choices
 from lora_vision.config import ChangeConfig, LoraConfig, StyleConfig
 from lora_vision.data import PictureSet, read_pictures
 from lora_vision.encoding import Encoding, encode, step_of
-from lora_vision.errors import AdapterError, DataError
-from lora_vision.files import header, save_adapter
+from lora_vision.errors import DataError
+from lora_vision.files import save_adapter
 from lora_vision.inject import attach, collect, detach, inject, rates
 from lora_vision.losses import DiffusionLoss, NoiseSchedule
 from lora_vision.metadata import metadata
 from lora_vision.samples import SampleSheet, png
 from lora_vision.survey import survey
 from lora_vision.tools.card import licence_of, write_card
+from lora_vision.tools.history import went_on_from
 from lora_vision.tools.resize import Size, resize
 from lora_vision.trained import limit_norms, silenced
 from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, put, weight_dtype
@@ -103,7 +104,8 @@ def run(config: StyleConfig) -> Path:
         if config.rank == "auto":
             with accelerator.autocast():
                 found = slimmed(found, learning.parts, job)
-        save(config, found, fitted, made | parent(fitted, output, folder), output, folder)
+        made |= went_on_from(folder / "last.safetensors", output, fitted.extends, config.steps)
+        save(config, found, fitted, made, output, folder)
         if config.sample_every:
             learning.end()
             with accelerator.autocast():
@@ -335,25 +337,6 @@ def slimmed(
     return {name: (resize(adapter, Size(energy=energy)).adapter, step) for name, (adapter, step) in found.items()}
 
 
-def parent(fitted: Fitted, output: Path, folder: Path) -> dict[str, str]:
-    """The header string that names the finished adapter this run went on from; nothing where there was none.
-
-    A run that broke off and was resumed has none: its file is that of an unbroken run.
-    """
-    before = folder / "last.safetensors"
-    if fitted.extends is None or not before.is_file():
-        return {}
-    try:
-        if header(before)[1].get("lora_vision.step") != str(fitted.extends):
-            return {}
-    except AdapterError:
-        return {}
-    told = lineage.parent_of(before, step=fitted.extends)
-    same = output.is_file() and lineage.sha256_of(output) == told["sha256"]
-    told["file"] = output.name if same else f"{folder.name}/{before.name}"
-    return lineage.record({}, "train", [told], {"resumed at step": fitted.extends})
-
-
 def save(
     config: StyleConfig,
     found: dict[str, tuple[Adapter, int]],
@@ -362,7 +345,7 @@ def save(
     output: Path,
     folder: Path,
 ) -> None:
-    """Write the adapters, the loss curve, its numbers and a model card; last what parent() looks for."""
+    """Write the adapters, the loss curve, its numbers and a model card; last what went_on_from() looks for."""
     history = fitted.history
     places = {output: found.get(config.keep, found["last"])}
     places |= {folder / f"{name}.safetensors": found[name] for name in ("best", "last") if name in found}

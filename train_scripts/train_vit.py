@@ -29,6 +29,7 @@ from lora_vision.charts import loss_curve
 from lora_vision.config import LoraConfig
 from lora_vision.inject import collect
 from lora_vision.tools.card import licence_of, write_card
+from lora_vision.tools.history import went_on_from
 from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, put, weight_dtype
 from lora_vision.vit.augment import level
 from lora_vision.vit.backbone import Backbone, load_backbone
@@ -168,7 +169,10 @@ def finish(
         labels = torch.tensor([picture.label for picture in held_out])
         temperature = fit_temperature(logits, labels)
         domain = replace(domain, temperature=temperature, numbers=measure(logits, labels, temperature).summary())
-    path = save(with_head(adapter, classifier.head, domain, metadata(config, pictures, history.best_step)), output)
+    best = config.keep == "best" and fitted.best is not None
+    made = metadata(config, pictures, history.best_step if best else len(history.losses))
+    made |= went_on_from(output, output, fitted.extends, config.steps)
+    path = save(with_head(adapter, classifier.head, domain, made), output)
     reloaded, domain = load_classifier(path, backbone=load_backbone(config.base))
     for split, name in (("val", "validation"), ("test", "test")):
         if pictures.of(split):

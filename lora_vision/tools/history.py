@@ -80,6 +80,33 @@ def settings_of(file: str | Path) -> dict[str, Any]:
     return _settings(metadata)
 
 
+def went_on_from(before: Path, output: Path, extends: int | None, steps: int | None) -> dict[str, str]:
+    """The header string that names the finished adapter a longer run went on from; nothing where there was none.
+
+    A run that broke off and was resumed names none: its file is that of an unbroken run. What was made longer before
+    keeps what its file tells.
+
+    Args:
+        before: The adapter the earlier run wrote, not yet written over.
+        output: Where this run's adapter goes.
+        extends: Steps of the earlier run, if this one made it longer.
+        steps: Steps of this run.
+    """
+    if extends is None:
+        return {}
+    try:
+        metadata = files.header(before)[1]
+        made = json.loads(metadata["lora_vision.config"])["steps"]
+    except (AdapterError, KeyError, TypeError, ValueError):
+        return {}
+    if made == steps and lineage.KEY in metadata:
+        return {lineage.KEY: metadata[lineage.KEY]}
+    if made != extends:
+        return {}
+    told = {**lineage.parent_of(before, step=extends), "file": before.relative_to(output.parent).as_posix()}
+    return lineage.record({}, "train", [told], {"resumed at step": extends})
+
+
 def table(entries: list[Entry]) -> str:
     """The entries for a person, one below the other; nothing where there are none."""
     lines = []
