@@ -79,8 +79,9 @@ class History:
 
     @property
     def best_step(self) -> int | None:
-        """The number of steps with the lowest held-out loss."""
-        return min(self.validation, key=lambda step: (self.validation[step], step), default=None)
+        """The number of steps with the lowest held-out loss that is a number."""
+        finite = {step: loss for step, loss in self.validation.items() if math.isfinite(loss)}
+        return min(finite, key=lambda step: (finite[step], step), default=None)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,17 @@ class Fitted:
     best: list[Tensor] | None
     resumed: tuple[int, ...] = ()
     extends: int | None = None
+
+    def numbers(self) -> dict[str, Any]:
+        """The run's numbers for JSON, which knows no NaN: a loss that is none is null."""
+        seen = self.history
+        return {
+            "losses": [loss if math.isfinite(loss) else None for loss in seen.losses],
+            "validation": {step: loss if math.isfinite(loss) else None for step, loss in seen.validation.items()},
+            "skipped": seen.skipped,
+            "best_step": seen.best_step,
+            "resumed": list(self.resumed),
+        }
 
 
 def make_accelerator(config: FitConfig, *, folder: Path | None = None, unused_parameters: bool = False) -> Accelerator:

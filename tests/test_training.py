@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -296,6 +297,15 @@ def test_trackers_are_asked_for_by_name(tmp_path: Path) -> None:
         make_accelerator(replace(CONFIG, tracker="wandbb"), folder=tmp_path)
     with pytest.raises(TrainingError, match="--tracker clearml is not there; install it"):
         make_accelerator(replace(CONFIG, tracker="clearml"), folder=tmp_path)
+
+
+def test_held_out_losses_that_are_no_numbers_are_null_and_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([math.nan, 0.5, math.inf, 0.7])
+    monkeypatch.setattr(Run, "_validate", lambda run: next(looks))
+    fitted = train(job())[1]
+    numbers = json.loads(json.dumps(fitted.numbers(), allow_nan=False))
+    assert numbers["validation"] == {"3": None, "6": 0.5, "9": None, "12": 0.7}
+    assert numbers["best_step"] == 6 and fitted.best is not None
 
 
 def test_steps_with_gradients_that_are_no_numbers_are_skipped(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
@@ -352,9 +351,7 @@ def save(
     for path, (adapter, step) in places.items():
         save_adapter(with_step(adapter, made, step), path, format=config.format)
     write_whole(folder / "loss.png", png(loss_curve(history.losses, history.validation)))
-    losses = [loss if math.isfinite(loss) else None for loss in history.losses]  # JSON knows no NaN
-    numbers = asdict(history) | {"losses": losses, "best_step": history.best_step, "resumed": list(fitted.resumed)}
-    write_whole(folder / "history.json", (json.dumps(numbers) + "\n").encode())
+    write_whole(folder / "history.json", (json.dumps(fitted.numbers()) + "\n").encode())
     write_card(output, licence_of(config.data))
     logger.info("wrote %s; loss curve and samples are in %s", output, folder)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -179,11 +178,8 @@ def finish(
             found = evaluate(reloaded, domain, pictures.of(split), folder / name)
             logger.info("%s: accuracy %.3f, calibration error %.3f", name, found.accuracy, found.ece)
     loss_curve(history.losses, history.validation).save(folder / "loss.png")
-    losses = [loss if math.isfinite(loss) else None for loss in history.losses]  # JSON knows no NaN
-    numbers = asdict(history) | {"losses": losses, "best_step": history.best_step, "ranks": ranks}
-    numbers["resumed"] = list(fitted.resumed)
-    numbers |= {"problems": pictures.problems, "domain": json.loads(domain.to_json())}
-    (folder / "history.json").write_text(json.dumps(numbers) + "\n")
+    more = {"ranks": ranks, "problems": pictures.problems, "domain": json.loads(domain.to_json())}
+    (folder / "history.json").write_text(json.dumps(fitted.numbers() | more) + "\n")
     write_card(output, licence_of(config.data))
     logger.info("wrote %s; loss curve and answers are in %s", output, folder)
 
