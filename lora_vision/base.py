@@ -215,8 +215,8 @@ def load_base(name: str | Path, *, dtype: torch.dtype = torch.float32, config: s
     Args:
         name: "tiny", a diffusers folder, a single .safetensors checkpoint of SD 1.x, 2.x or SDXL, or a Hub id.
         dtype: Of its weights.
-        config: For a single checkpoint: diffusers folder or Hub id of a model built alike, whose configuration and
-            tokenizer are used. Without it diffusers recognises the kind and takes these from the Hub.
+        config: For a single checkpoint: "tiny", diffusers folder or Hub id of a model built alike, whose configuration
+            and tokenizer are used. Without it diffusers recognises the kind and takes these from the Hub.
 
     Raises:
         BaseModelError: Where there is no such model, or it is not a Stable Diffusion.
@@ -224,7 +224,7 @@ def load_base(name: str | Path, *, dtype: torch.dtype = torch.float32, config: s
     name = str(name)
     path = EMBEDDED.get(name, Path(name).expanduser())
     if path.is_file():
-        return _from_checkpoint(path, dtype, config)
+        return _from_checkpoint(path, dtype, EMBEDDED.get(str(config), config))
     if not path.is_dir() and (name in EMBEDDED or path.suffix or path.is_absolute() or name.count("/") != 1):
         meant = "".join(f", did you mean {near}?" for near in difflib.get_close_matches(name, EMBEDDED, n=1))
         raise BaseModelError(f"there is no base {name!r}{meant}; expected {EXPECTED}")
@@ -305,11 +305,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype, config: str | Path | None) 
     except (SafetensorError, OSError) as error:
         raise BaseModelError(f"{path} is not a safetensors file ({_first_line(error)}); expected {EXPECTED}") from error
     if not any(key.startswith("model.diffusion_model.input_blocks.") for key in keys):
-        hint = (
-            "it looks like an adapter, give it as --adapter"
-            if any("lora" in key for key in keys)
-            else "no LDM UNet in it"
-        )
+        hint = "it looks like an adapter, not a model" if any("lora" in key for key in keys) else "no LDM UNet in it"
         raise BaseModelError(f"{path} is not a Stable Diffusion checkpoint ({hint}); expected {EXPECTED}")
     if any(key.startswith("conditioner.embedders.0.model.") for key in keys):
         raise BaseModelError(f"{path} is an SDXL refiner, which has one text encoder; expected the SDXL base")

@@ -99,7 +99,9 @@ def inspect(settings: config.InspectConfig) -> tuple[str, Any]:
 def convert(settings: config.ConvertConfig) -> tuple[str, Any]:
     """The adapter file that was written, and what was lost."""
     from lora_vision.files import convert
+    from lora_vision.voices import refuse_overwriting
 
+    refuse_overwriting(settings.output, settings.input)
     options: dict[str, Any] = {"approximate": settings.approximate, "allow_pickle": settings.allow_pickle}
     if settings.base is not None:
         from lora_vision import names
@@ -189,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         readers={".png": _read_recipe} if name == "generate" else None,
         switches={"json": "tell the outcome as JSON"},
     )
+    data: Any = None
     try:
         text, data = command.run(settings)
         if MAIN_PROCESS:
@@ -206,7 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
             raise
         problem = f"out of memory ({error}); smaller pictures, smaller batches or a lower precision need less"
-    sys.stderr.write(f"{PROGRAM} {name}: {' '.join(problem.split())}\n")
+    problem = " ".join(problem.split())
+    if data is None and "json" in switches and MAIN_PROCESS:
+        sys.stdout.write(as_json({"ok": False, "problem": problem}) + "\n")
+    sys.stderr.write(f"{PROGRAM} {name}: {problem}\n")
     return 1
 
 

@@ -90,7 +90,7 @@ def refuse_overwriting(output: str | Path, source: str | Path) -> None:
         AdapterError: They are one file or folder.
     """
     if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
-        raise AdapterError(f"--output {output} would overwrite what it is made of; choose another name")
+        raise AdapterError(f"{output} would overwrite what it is made of; choose another name")
 
 
 def read_tags(prompt: str) -> tuple[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -139,7 +140,11 @@ def test_history_knows_parents_by_their_hash(lora_vision: Run, ink: Path, tmp_pa
     assert (parent.how, parent.steps, parent.base, parent.version) == ("train", 12, "tiny", "0.1.0")
     assert parent.scores == {"loss": 2.0, "held-out loss": 0.7, "best held-out loss": 0.5, "at step": 1}
     assert (child.how, child.parents, child.data) == ("resize", ("renamed.safetensors",), "d" * 64)
-    (tmp_path / "renamed.safetensors").unlink()
+    shutil.copy(tmp_path / "renamed.safetensors", tmp_path / "copy.safetensors")
+    shutil.copy(tmp_path / "renamed.safetensors", ink)
+    assert {entry.file: entry.parents for entry in history(tmp_path)}["small.safetensors"] == (ink.name,)
+    for name in ("renamed", "copy", "ink"):
+        (tmp_path / f"{name}.safetensors").unlink()
     assert history(tmp_path)[0].parents == ("ink.safetensors (not here)",)
     listed = lora_vision("history", tmp_path)
     assert "of ink.safetensors (not here)" in listed.out
@@ -209,5 +214,6 @@ def test_pushing_without_a_login_or_a_network_says_so(ink: Path, monkeypatch: py
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
     with pytest.raises(LoraVisionError, match="the Hub did not take ada/ink"):
         card.push(ink, "ada/ink")
-    with pytest.raises(LoraVisionError, match="USER/NAME"):
-        card.push(ink, "ink")
+    for wrong in ("ink", "ada/my ink", "ada/b/ink", "ada/"):
+        with pytest.raises(LoraVisionError, match="USER/NAME"):
+            card.push(ink, wrong)

@@ -165,6 +165,7 @@ def test_convert_loses_nothing(lora_vision: Run, sd1_adapters: tuple[Path, Path]
     assert (told.code, told.out) == (0, f"wrote {other}: 32 layers, {format} format, without loss\n"), told.err
     assert lora_vision("inspect", other, "--json").json["format"] == format
     assert lora_vision("convert", other, back, "--json").json["errors"] == {}
+    failed(lora_vision("convert", back, back, "--format", format), "would overwrite what it is made of")
     first, last = load_adapter(ink), load_adapter(back)
     assert first.layers.keys() == last.layers.keys()
     assert all(torch.equal(first.layers[name].delta(), last.layers[name].delta()) for name in first.layers)
@@ -235,6 +236,8 @@ def test_what_fails_is_one_line(
     outcome = lora_vision("where", "x")
     failed(outcome, said)
     assert outcome.err.count("\n") == 1
+    told = lora_vision("where", "x", "--json").json
+    assert told["ok"] is False and outcome.err == f"lora-vision where: {told['problem']}\n"
 
 
 def test_our_own_mistakes_keep_their_traceback(lora_vision: Run, monkeypatch: pytest.MonkeyPatch) -> None:

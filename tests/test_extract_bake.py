@@ -225,7 +225,7 @@ def test_the_command_extracts_from_a_single_file(lora_vision: Run, sd1_folder: P
     bake.bake(base, [(adapter, 1.0)])
     single = bake.write_file(base, tmp_path / "tuned.safetensors", {})
     out = tmp_path / "back.safetensors"
-    words = ["extract", single, sd1_folder, "--rank", 3, "--base-config", sd1_folder, "--output", out]
+    words = ["extract", single, sd1_folder, "--rank", 3, "--output", out]  # configured as the folder is
     told = lora_vision(*words, "--json")
     assert told.code == 0, told.err
     assert set(told.json["layers"]) == set(adapter.layers)

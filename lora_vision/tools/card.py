@@ -105,6 +105,23 @@ def bundle(file: str | Path, licence: str | None = None) -> dict[str, Path | byt
     return {CARD: written if kept else card(file, licence).encode(), **found}
 
 
+def check_repo(repo: str) -> None:
+    """Nothing, if a repository can be called that.
+
+    Raises:
+        LoraVisionError: It cannot.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise LoraVisionError(f"{repo!r} is no USER/NAME: {error}") from error
+    if repo.count("/") != 1:
+        raise LoraVisionError(f"{repo!r} is no repository; expected USER/NAME")
+
+
 def push(file: str | Path, repo: str, *, licence: str | None = None, private: bool = False) -> str:
     """The address of the commit by which an adapter, its card and its pictures were uploaded.
 
@@ -120,8 +137,7 @@ def push(file: str | Path, repo: str, *, licence: str | None = None, private: bo
         AdapterError: There is no such adapter.
         LoraVisionError: The Hub cannot be reached, or refuses.
     """
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise LoraVisionError(f"--repo {repo}: USER/NAME is needed")
+    check_repo(repo)
     found = bundle(file, licence)
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 

@@ -51,7 +51,9 @@ def extract(config: s.ExtractConfig) -> tuple[str, Any]:
     from lora_vision.tools.extract import extract
 
     check_place(Path(config.output))
-    tuned, base = (load_base(name, config=config.base_config) for name in (config.tuned, config.base))
+    folders = (name for name in (config.base, config.tuned) if not name.endswith(".safetensors"))
+    like = config.base_config or next(folders, None)  # the two are built alike, or there is nothing to extract
+    tuned, base = (load_base(name, config=like) for name in (config.tuned, config.base))
     if b.made_of(base.source) == tuned.fingerprint:
         raise LoraVisionError(
             f"{config.base} was baked out of {config.tuned}: name the tuned model first ({config.base}), then its base"
@@ -224,6 +226,7 @@ def push(config: s.PushConfig) -> tuple[str, Any]:
     """Where an adapter was uploaded to, or what would be."""
     from lora_vision.tools import card as c
 
+    c.check_repo(config.repo)
     names = list(c.bundle(config.file, config.licence))
     if config.dry_run:
         return f"would upload to {config.repo}: {', '.join(names)}", {"repo": config.repo, "files": names}

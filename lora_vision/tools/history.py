@@ -64,7 +64,9 @@ def history(folder: str | Path) -> list[Entry]:
         raise AdapterError(f"{folder} is no folder; expected one with adapter files")
     every = [_entry(folder, file) for file in sorted(folder.rglob("*.safetensors"))]
     found = [entry for entry in every if entry is not None]
-    here = {entry.sha256: entry.file for entry, _ in found}
+    here: dict[str, list[str]] = {}
+    for entry, _ in found:
+        here.setdefault(entry.sha256, []).append(entry.file)
     entries = [_named(entry, parents, here) for entry, parents in found]
     return sorted(entries, key=lambda entry: (entry.changed, entry.file))
 
@@ -160,11 +162,13 @@ def _entry(folder: Path, file: Path) -> tuple[Entry, tuple[Mapping[str, Any], ..
     return entry, told.parents if told else ()
 
 
-def _named(entry: Entry, parents: tuple[Mapping[str, Any], ...], here: Mapping[str, str]) -> Entry:
-    """The entry with its parents called as they are called in this folder."""
+def _named(entry: Entry, parents: tuple[Mapping[str, Any], ...], here: Mapping[str, list[str]]) -> Entry:
+    """The entry with its parents called as they are called in this folder; of copies the one still called as then."""
     names = []
     for parent in parents:
-        name = here.get(str(parent.get("sha256"))) or f"{parent.get('file', '?')} (not here)"
+        told = str(parent.get("file", "?"))
+        copies = here.get(str(parent.get("sha256")), [f"{told} (not here)"])
+        name = next((copy for copy in copies if Path(copy).name == Path(told).name), copies[0])
         scale = parent.get("scale")
         names.append(name if scale in (None, 1, 1.0) else f"{name}:{scale:g}")
     return Entry(**{**asdict(entry), "parents": tuple(names)})

@@ -22,7 +22,7 @@ class ExtractConfig:
     rank: str = "auto"
     """Rank of every layer, or auto: the directions that stand out of the noise, at most 128."""
     base_config: str | None = None
-    """For single checkpoints without network: a diffusers folder of the same kind of model."""
+    """For two single checkpoints without network: a diffusers folder of the same kind of model."""
     clamp: float | None = None
     """Cut the factors' numbers at this quantile of their size, as kohya does at 0.99 (default: nothing is cut)."""
     vectors: bool = False
