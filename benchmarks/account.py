@@ -10,17 +10,9 @@ For each pair, both at full weight: what ``compare`` foretells, and what the jud
 loss of style accuracy, from what the adapter reaches alone, on every second noun (two halves) and on all. A subject
 adapter has no style: the pair's measured loss is the mean over its styles.
 
-What is foretold, written down before any of it was seen beside a judge:
-
-- ``share``: 1 - the style's share of the look of 8 pictures drawn with both (``clash.py``), for a style with a partner;
-  for a pair the mean over its styles, as the measured loss is.
-- ``lost``: the one number of a pair, which does not know what is a style and what a subject.
-- ``moved`` and ``fight``, the earlier predictions, from the UNet's predictions and from the weights.
-
-The reason for shares: the judge takes a picture for one style among several, so what counts is not how far the look
-has gone from the style's own but whose look it is nearest to; distances from the base alone would say little of two
-dark styles. A hard choice of the nearest has few values in 8 pictures; inverse squares of distances are the usual soft
-one. ``moved`` goes if ``share`` ranks the styles with a partner better and the pairs not worse.
+What is foretold: ``fight``, one number of a pair from the weights; ``moved``, with the base, a number for each of the
+two (``clash.py``). For a pair the mean over its styles, as the measured loss is; ``lost`` is the mean of ``moved`` cut
+off at 1, for a style cannot be lost more than wholly.
 
 Then rank correlations of each with the measured loss: over styles with a partner, all pairs, pairs of two styles, and
 every choice of two of the styles with the subject. Beside them the ceiling: the two halves of the measurement with each
@@ -51,8 +43,8 @@ from lora_vision.report import inspect
 from lora_vision.tiny.subjects import caption
 from lora_vision.tools import page, places
 from lora_vision.tools.account import account
-from lora_vision.tools.clash import clash, moved
-from lora_vision.tools.commands import prompts_of, prompts_of_both
+from lora_vision.tools.clash import moved
+from lora_vision.tools.commands import prompts_of
 from lora_vision.tools.compare import compare
 from lora_vision.tools.trials import Trials, patterns, trials
 
@@ -144,21 +136,18 @@ def pairs(studio: Studio, styles: list[str]) -> dict[str, dict[str, Any]]:
             continue
         two = [studio.adapters[name] for name in pair]
         base, own = load_base(studio.base), {name: prompts_of(studio.adapters[name].metadata) for name in pair}
-        told = clash(base, *two, prompts_of_both(*(one.metadata for one in two)))
         felt = dict(zip(pair, moved(base, dict(zip(pair, two, strict=True)), own), strict=True))
-        shares = dict(zip(pair, told.shares, strict=False))
         both = (" + ".join(pair), dict.fromkeys(pair, 1.0))
         lost = {}
         for name in judged:
             gone = studio.hits(f"{name} whole", {name: 1.0}, name) - studio.hits(*both, name)
             losses = (float(part.mean()) for part in (gone, gone[::2], gone[1::2]))
-            lost[name] = {"share": 1 - shares[name], "moved": felt[name], **dict(zip(LOSSES, losses, strict=True))}
+            alone = studio.called(f"{name} whole", {name: 1.0}, name)
+            told = {"alone": alone, "moved": felt[name], "lost": min(1.0, felt[name])}
+            lost[name] = {**told, **dict(zip(LOSSES, losses, strict=True))}
         found[both[0]] = {
             "fight": compare(*two).fight,
-            "lost": told.lost,
-            "shares": told.shares,
-            "effects": told.effects,
-            **{key: sum(each[key] for each in lost.values()) / len(lost) for key in ("share", "moved", *LOSSES)},
+            **{key: sum(each[key] for each in lost.values()) / len(lost) for key in ("moved", "lost", *LOSSES)},
             "styles": lost,
         }
         print(json.dumps({both[0]: found[both[0]]}), file=sys.stderr, flush=True)
@@ -172,19 +161,18 @@ def foretold(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     each = [style for pair in every for style in pair["styles"].values()]
     sets = {"styles with a partner": each, "pairs": every, "pairs of two styles": two}
     for name, pair in found.items():
-        withs = [
-            found[other]
-            for other in found
-            if len(found[other]["styles"]) == 1 and set(found[other]["styles"]) & set(pair["styles"])
+        three = [
+            pair,
+            *(other for other in every if len(other["styles"]) == 1 and other["styles"].keys() < pair["styles"].keys()),
         ]
-        if len(pair["styles"]) == 2 and len(withs) == 2:
-            sets[f"{name}, each with the subject"] = [pair, *withs]
+        if len(three) == 3:
+            sets[f"{name}, each with the subject"] = three
     return {
         f"{len(rows)} {name}": {
             "halves": rank_correlation(*([row[half] for row in rows] for half in LOSSES[1:])),
             **{
                 key: rank_correlation([row[key] for row in rows], [row["loss"] for row in rows])
-                for key in ("share", "lost", "moved", "fight")
+                for key in ("fight", "moved", "lost")
                 if key in rows[0]
             },
         }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,12 +171,6 @@ def prompts_of(metadata: Mapping[str, str], count: int = 4) -> tuple[str, ...]:
         captions = []
     captions = captions or ["a fox", "a house", "a tree", "a ship"]
     return tuple(dict.fromkeys(captions[at * len(captions) // count] for at in range(count)))
-
-
-def prompts_of_both(a: Mapping[str, str], b: Mapping[str, str], count: int = 8) -> tuple[str, ...]:
-    """Captions of two adapters in turn: what one draws when blending them is what either was made for."""
-    turns = (text for pair in zip_longest(prompts_of(a, count), prompts_of(b, count)) for text in pair if text)
-    return tuple(dict.fromkeys(turns))[:count]
 
 
 def verify(config: s.VerifyConfig) -> tuple[str, Any]:
