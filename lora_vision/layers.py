@@ -318,7 +318,9 @@ def _accumulated_conv(y: Tensor, rank: Tensor, up: Tensor, scale: float = 1.0) -
 
 def _trained(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """The layer with one trainable float32 pair, computed in the base's (or autocast's) dtype."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat, device = x.reshape(-1, x.shape[-1]), x.device.type
+    if torch.is_autocast_enabled(device):
+        flat = flat.to(torch.get_autocast_dtype(device))  # once for both products
     y = F.linear(flat, weight, bias)
-    rank = F.linear(flat, down.to(x.dtype))
-    return torch.addmm(y, rank, up.to(y.dtype).t(), alpha=scale).view(*x.shape[:-1], -1)
+    rank = F.linear(flat, down.to(flat.dtype))
+    return y.addmm_(rank, up.to(y.dtype).t(), alpha=scale).view(*x.shape[:-1], -1)  # no gradient needs y as it was
