@@ -25,17 +25,15 @@ class Loaded:
         pairs: What is stacked.
         dense: What changes a weight or bias as a whole.
         ranks: Layer name to the rank of its pair.
-        layer, inner, column, unit: For each rank [R]: its layer's number, its place inside the pair, its column in the
-            weights, and alpha/rank.
+        table: For each pair [3, pairs] its layer's number, its rank and its column in the weights.
+        unit: For each pair alpha/rank.
     """
 
     columns: Mapping[str, int]
     pairs: Mapping[str, LowRank]
     dense: Mapping[str, Factors]
     ranks: Mapping[str, int]
-    layer: Tensor
-    inner: Tensor
-    column: Tensor
+    table: Tensor
     unit: Tensor
 
     @classmethod
@@ -49,15 +47,9 @@ class Loaded:
         """An adapter of these layers; ``numbers`` counts those of the model."""
         columns = {layer: column for column, layer in enumerate(layers)}
         ranks = {layer: pair.rank for layer, pair in pairs.items()}
-        times = torch.tensor([*ranks.values()], dtype=torch.long)
-        of_pairs = (
-            torch.tensor([numbers[layer] for layer in pairs], dtype=torch.long),
-            times.cumsum(0) - times,
-            torch.tensor([columns[layer] for layer in pairs], dtype=torch.long),
-            torch.tensor([pair.scale for pair in pairs.values()]),
-        )
-        layer, first, column, unit = (values.repeat_interleave(times) for values in of_pairs)
-        return cls(columns, pairs, dense, ranks, layer, torch.arange(len(first)) - first, column, unit)
+        table = [numbers[layer] for layer in pairs], [*ranks.values()], [columns[layer] for layer in pairs]
+        unit = torch.tensor([pair.scale for pair in pairs.values()])
+        return cls(columns, pairs, dense, ranks, torch.tensor(table, dtype=torch.long), unit)
 
 
 @dataclass(frozen=True)
@@ -126,12 +118,14 @@ def banks(
     groups: dict[tuple[torch.device, torch.dtype], dict[int, LoraLayer]] = {}
     for number, layer in layers.items():
         groups.setdefault(place(layer), {})[number] = layer
-    return [_bank(group, at, sounding, rows, before, sparse) for at, group in groups.items()]
+    count = 1 + max(layers, default=0)
+    return [_bank(group, at, count, sounding, rows, before, sparse) for at, group in groups.items()]
 
 
 def _bank(
     numbered: Mapping[int, LoraLayer],
     at: tuple[torch.device, torch.dtype],
+    count: int,
     sounding: Sequence[Loaded],
     rows: int,
     before: Sequence[Bank],
@@ -140,16 +134,21 @@ def _bank(
     layers = list(numbered.values())
     widths = [down.shape[0] for layer in layers if (down := layer._buffers["lora_down"]) is not None]
     *starts, end = accumulate(widths, initial=0)
-    free = torch.full((max(numbered) + 1,), -1)  # where the next rank of each layer goes
+    free = torch.full((count,), -(1 << 40))  # where the next rank of each layer goes; below zero: into another bank
     free[torch.tensor(list(numbered))] = torch.tensor(starts)
-    source, unit, offset = torch.zeros(end, dtype=torch.long), torch.zeros(end), 0
+    tables, units, offset = [torch.zeros(3, 0, dtype=torch.long)], [torch.zeros(0)], 0
     for adapter in sounding:
-        inside = (adapter.layer < len(free)) & (free[adapter.layer.clamp(max=len(free) - 1)] >= 0)
-        within = adapter.layer[inside]
-        places = free[within] + adapter.inner[inside]
-        source[places], unit[places] = adapter.column[inside] + offset, adapter.unit[inside]
-        free.index_add_(0, within, torch.ones_like(within))
+        number, rank, column = adapter.table
+        tables.append(torch.stack((free[number], rank, column + offset)))
+        units.append(adapter.unit)
+        free[number] += rank
         offset += len(adapter.columns)
+    pairs = torch.cat(tables, 1)
+    (begin, rank, column), scale = pairs[:, pairs[0] >= 0], torch.cat(units)[pairs[0] >= 0]
+    places = (begin - rank.cumsum(0) + rank).repeat_interleave(rank)
+    places += torch.arange(len(places))
+    source, unit = torch.zeros(end, dtype=torch.long), torch.zeros(end)
+    source[places], unit[places] = column.repeat_interleave(rank), scale.repeat_interleave(rank)
     for old in before:
         if (old.layers, old.starts, old.flat.shape[1]) == (layers, starts, end) and old.fresh(rows):
             return Bank(layers, starts, source, unit, old.flat.zero_(), sparse)

@@ -17,21 +17,11 @@ from torch import Tensor, nn
 from lora_vision.errors import AdapterError, BaseModelError
 from lora_vision.factors import Factors, Full, LowRank
 from lora_vision.gains import Bank, Loaded, banks
-from lora_vision.layers import (
-    LoraLayer,
-    base_tensor,
-    check_wrappable,
-    place,
-    put,
-    unwrap,
-    wrap,
-)
+from lora_vision.layers import LoraLayer, base_tensor, check_wrappable, place, put, unwrap, wrap
 from lora_vision.originals import Keep, Originals, add_pairs
+from lora_vision.rooms import Room, widened
 
 logger = logging.getLogger(__name__)
-
-_SPARE = 512
-"""The most ranks that a stack on a CPU has free at first."""
 
 
 class Stack:
@@ -54,6 +44,7 @@ class Stack:
         self._originals = Originals()
         self._parked: tuple[tuple[str, ...], dict[str, tuple[Tensor | None, Tensor | None]]] = ((), {})
         self._numbers = {name: number for number, name in enumerate(layers)}
+        self._rooms: dict[str, Room] = {}
         for name in self._reserve:
             check_wrappable(name, layers[name])
         for name in self._reserve:
@@ -94,6 +85,7 @@ class Stack:
         used = {layer for other in self.loaded.values() for layer in other.columns} | self._reserve.keys()
         for layer in gone.columns.keys() - used:
             unwrap(self._wrapped(layer))
+            self._rooms.pop(layer, None)
 
     def apply(self, weights: Mapping[str, Tensor]) -> None:
         """Lets exactly these adapters sound, at these weights [G, L] (float32, CPU); zeros are silent."""
@@ -119,14 +111,16 @@ class Stack:
         appended = self.sounding[: len(before)] == before
         if changed:
             self._grow()
+            copies: list[tuple[Tensor, Tensor]] = []
             if not self._unpark(before):
                 self._park(before)
-                self._restack({layer for loaded in known for layer in loaded.pairs}, len(before) if appended else 0)
+                moved = {layer: None for loaded in known for layer in loaded.pairs}
+                copies = self._restack(moved, len(before) if appended else 0)
+            self._banks = self._filed()
+            _copy(copies)  # last, because it drives all else out of the processor's caches
         restless = known if mode == self._mode else self.loaded.values()
         for layer in {layer for loaded in restless for layer in loaded.dense}:
             self._arrange_dense(layer)
-        if changed:
-            self._banks = self._filed()
 
     @torch.no_grad()
     def write(self, weights: Mapping[str, Tensor]) -> None:
@@ -199,6 +193,7 @@ class Stack:
         for layer in self.layers.values():
             if isinstance(layer, LoraLayer):
                 unwrap(layer)
+        self._rooms.clear()
 
     def _wrapped(self, layer: str) -> LoraLayer:
         module = self.layers[layer]
@@ -244,31 +239,30 @@ class Stack:
         return True
 
     @torch.no_grad()
-    def _restack(self, names: Iterable[str], first: int = 0) -> None:
-        """Copies the factors of the sounding adapters, from the first on, into these layers, in place if they fit."""
+    def _restack(self, names: Iterable[str], first: int = 0) -> list[tuple[Tensor, Tensor]]:
+        """Makes these layers' stacks as wide as what sounds; returns (place, factor) of adapters from the first on."""
         sounding = [self.loaded[adapter] for adapter in self.sounding]
-        places: list[Tensor] = []
-        factors: list[Tensor] = []
+        copies: list[tuple[Tensor, Tensor]] = []
         for name in names:
-            layer = self._wrapped(name)
             ranks = [loaded.ranks.get(name, 0) for loaded in sounding]
             at, width = sum(ranks[:first]), max(sum(ranks), self._reserve.get(name, 0))
             if not width:
-                put(layer, lora_down=None, lora_up=None, lora_gain=None, lora_rows=None)
+                put(self._wrapped(name), lora_down=None, lora_up=None, lora_gain=None, lora_rows=None)
+                if name not in self._parked[1]:
+                    self._rooms.pop(name, None)
                 continue
-            down, up = _room(layer, width, at, self._numbers[name])
+            room = self._rooms[name] = widened(
+                self._wrapped(name), self._rooms.get(name), width, at, self._numbers[name]
+            )
             for loaded, rank in zip(sounding[first:], ranks[first:], strict=True):
                 if rank:
                     pair = loaded.pairs[name]
-                    places += (down.narrow(0, at, rank), up.narrow(1, at, rank))
-                    factors += (pair.down, pair.up)
+                    copies += zip(room.ranks(at, rank), (pair.down, pair.up), strict=True)
                     at += rank
             if at < width:
-                down[at:].zero_()
-                up[:, at:].zero_()
-        if places:
-            alike = (f if f.shape == p.shape else f.reshape(p.shape) for f, p in zip(factors, places, strict=True))
-            torch._foreach_copy_(places, list(alike))
+                for spare in room.ranks(at, width - at):
+                    spare.zero_()
+        return copies
 
     def _filed(self) -> list[Bank]:
         stacked = {name: None for a in self.sounding for name in self.loaded[a].ranks} | dict.fromkeys(self._reserve)
@@ -356,45 +350,9 @@ class Stack:
             layer.weight.data.copy_(weight)
 
 
-def _room(layer: LoraLayer, width: int, kept: int, number: int) -> tuple[Tensor, Tensor]:
-    """The layer's own down [width, I] and up [O, width], the first ``kept`` ranks still in them."""
-    shape, at = layer.weight.shape, place(layer)
-    old = layer._buffers["lora_down"], layer._buffers["lora_up"]
-    down = _ranks(old[0], 0, at, width, shape[1:], kept, number)
-    up = _ranks(old[1], 1, at, width, shape[:1], kept, number)
-    if down is not old[0] or up is not old[1]:
-        put(layer, lora_down=down, lora_up=up)
-    return down, up
-
-
-def _ranks(
-    old: Tensor | None,
-    axis: int,
-    at: tuple[torch.device, torch.dtype],
-    width: int,
-    inner: torch.Size,
-    kept: int,
-    number: int,
-) -> Tensor:
-    """A tensor of ``width`` ranks along ``axis``, the first ``kept`` of them the old one's; its memory, if that does.
-
-    Ranks are the slow dimension in memory, and there is more of it than asked: the tenth adapter copies itself alone.
-    A CPU commits memory only when it is written to, so there the room is large from the start, and differs with the
-    layer's number: no single adapter makes all layers move.
-    """
-    step = inner.numel()
-    if old is not None and (old.device, old.dtype) == at and old.stride(axis) == step and old.stride(axis - 1) == 1:
-        if old.shape[axis] == width:
-            return old
-        if kept and old.untyped_storage().nbytes() >= width * step * old.itemsize:
-            return old.as_strided((*inner, width) if axis else (width, *inner), old.stride())
-    room = width
-    if old is None and at[0].type == "cpu":
-        room = min(width * (12 + number % 8), width + _SPARE)
-    elif kept:  # nothing was taken out, so more may come
-        room = max(width, 2 * kept)
-    new = torch.empty(room, *inner, device=at[0], dtype=at[1]).narrow(0, 0, width)
-    new = new.t() if axis else new
-    if old is not None and kept:
-        new.narrow(axis, 0, kept).copy_(old.narrow(axis, 0, kept))
-    return new
+def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
+    """Copies factors to their places, which have the same numbers in the same order."""
+    if copies:
+        places = [place for place, _ in copies]
+        alike = [f if f.shape == place.shape else f.reshape(place.shape) for place, f in copies]
+        torch._foreach_copy_(places, alike)
