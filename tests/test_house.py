@@ -18,8 +18,8 @@ SOURCES = [*LIBRARY, *(ROOT / "train_scripts").glob("*.py"), *(ROOT / "pipelines
 # From the bottom of the house to the top: a module imports only what stands before it.
 WINGS = (
     "errors whole config arguments",
-    "names targets factors replacement adapter spectrum lineage approximate quantised layers gains originals rooms stack "
-    "trained inject formats files klora combine report words",
+    "names targets factors replacement adapter spectrum lineage approximate quantised layers gains originals rooms "
+    "stack trained inject formats files klora combine report words",
     "tiny base data metadata buckets captions cache encoding survey sheet charts batches losses samples "
     "optimizers training",
     "schedules regions conduct blend choices blending voices generate ziplora combining tools vit cli __main__",
