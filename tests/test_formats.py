@@ -13,12 +13,14 @@ import pytest
 import torch
 from adapters import CONV, LINEAR, TEXT, Maker, assert_same, every_kind
 from safetensors.torch import load_file, save, save_file
+from torch import nn
 
 from lora_vision import formats
 from lora_vision.adapter import Adapter
 from lora_vision.errors import AdapterError
 from lora_vision.factors import LowRank
 from lora_vision.files import load_adapter, save_adapter
+from lora_vision.inject import compare
 
 KINDS = sorted(every_kind())
 HOLDS = {
@@ -188,6 +190,9 @@ def test_reads_the_attention_processors_of_2023(prefix: str, tmp_path: Path) -> 
         ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "transformer"),
         ("base_model.model.single_transformer_blocks.0.attn.to_q.lora_A.weight", "transformer"),
         ("w_a_000", "LoRA-ViT"),
+        ("0.to_q_lora.down.weight", "IP-Adapter"),
+        ("control_model.input_blocks.0.0.weight", "ControlNet"),
+        ("diffusion_model.double_stream_blocks.0.block.attn1.to_q.lora_A.weight", "transformer"),
     ],
 )
 def test_refuses_what_it_does_not_know_by_its_name(key: str, named: str, tmp_path: Path) -> None:
@@ -288,6 +293,21 @@ def test_cloneofsimo_numbers_follow_the_old_order(tmp_path: Path) -> None:
     shifted = {**tensors, **{f"unet:6:{side}": tensors[f"unet:4:{side}"].clone() for side in ("up", "down")}}
     save_file(shifted, tmp_path / "b.safetensors")
     with pytest.raises(AdapterError, match="the pair at the place of"):
+        load_adapter(tmp_path / "b.safetensors")
+
+
+def test_embeddings_bundled_in_every_spelling(tmp_path: Path) -> None:
+    make = Maker()
+    keys = {"a.string_to_param.*": "a.text_encoder", "b.emb_params": "b.text_encoder", "c.d.clip_l": "c.d.text_encoder"}
+    tensors = {f"bundle_emb.{key}": make.tensor(2, 16) for key in (*keys, "c.d.clip_g")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    assert set(adapter.extras) == {f"embedding.{word}" for word in (*keys.values(), "c.d.text_encoder_2")}
+    assert torch.equal(adapter.extras["embedding.b.text_encoder"], tensors["bundle_emb.b.emb_params"])
+    with pytest.raises(AdapterError, match=r"changes no layer, it holds embedding\.a\.text_encoder.*words\.teach"):
+        compare(adapter, {"text_encoder.text_projection": nn.Linear(2, 2)}, strict=False)
+    save_file({**tensors, "bundle_emb.a.emb_params": make.tensor(2, 16)}, tmp_path / "b.safetensors")
+    with pytest.raises(AdapterError, match="second embedding of 'a'"):
         load_adapter(tmp_path / "b.safetensors")
 
 

@@ -159,6 +159,7 @@ def test_settings_that_change_the_meaning_are_refused(setting: dict[str, Any], t
     [
         {"lora_alpha": 10**400},
         {"auto_mapping": [1]},
+        {"use_dora": True},
         {"rank_pattern": [4]},
         {"rank_pattern": {"(a+)+b": 4}},
         {"alpha_pattern": {"(": 4}},

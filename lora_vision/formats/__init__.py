@@ -52,7 +52,7 @@ def read(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[str |
 
 def _uncompiled(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the tensors by the keys they have without the wrapper of `torch.compile`, `_orig_mod`."""
-    if not any("_orig_mod" in key for key in tensors):
+    if "_orig_mod" not in "\n".join(tensors):
         return tensors
     plain = {key.replace("_orig_mod.", "").replace("_orig_mod_", ""): tensor for key, tensor in tensors.items()}
     if len(plain) != len(tensors):

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from lora_vision.adapter import Adapter
 
 _MINE = re.compile(r"^(?:lora_(?:unet|te1?|te2)_|lycoris_|oft_unet_|bundle_emb\.)")
-_EMBEDDING = re.compile(r"^bundle_emb\.(.+)\.(string_to_param\.\*|clip_l|clip_g)$")
-_ENCODERS = {"string_to_param.*": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+_EMBEDDING = re.compile(r"^bundle_emb\.(.+)\.(string_to_param\.\*|emb_params|clip_l|clip_g)$")
 _SPELLING = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "ia3": "weight"}
 _MODELSPEC = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-768-v", "sdxl": "stable-diffusion-xl-v1-base"}
 _PLACES: dict[str, tuple[str, str]] = {}  # every key once understood -> (layer, leaf); names and leaves are tables
@@ -41,7 +40,10 @@ def read(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Reading:
         if key in _PLACES:
             found.add(key, *_PLACES[key], tensor)
         elif match := _EMBEDDING.match(key):
-            found.extras[f"embedding.{match[1]}.{_ENCODERS[match[2]]}"] = tensor
+            word = f"embedding.{match[1]}.text_encoder{'_2' if match[2] == 'clip_g' else ''}"
+            if word in found.extras:
+                raise AdapterError(f"{key!a} is the second embedding of {match[1]!a}; expected one spelling of it")
+            found.extras[word] = tensor
         else:
             flat, _, ending = key.partition(".")
             name, leaf = names.from_kohya(flat), "ia3" if ending == "weight" else vocabulary.LEAVES.get(ending)

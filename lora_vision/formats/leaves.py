@@ -84,12 +84,14 @@ _REFUSED = (  # what a leaf, or a whole key, gives away
     (re.compile(r"double_blocks|single_blocks|single_transformer_blocks"), "FLUX"),
     (re.compile(r"joint_blocks|context_block|joint_transformer_blocks"), "Stable Diffusion 3"),
     (re.compile(r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\."), "full checkpoint"),
-    (re.compile(r"(^|\.)ip_adapter\.|(^|\.)image_proj\."), "IP-Adapter"),
+    (re.compile(r"(^|\.)ip_adapter\.|(^|\.)image_proj\.|^\d+\.to_(q|k|v|out)_(lora|ip)\."), "IP-Adapter"),
+    (re.compile(r"^control_model\.|(^|\.)controlnet_"), "ControlNet"),
     (re.compile(r"^lora_prior_unet_"), "Stable Cascade"),
     (
         re.compile(
             r"^(prior\.|transformer\.|diffusion_model\.)?transformer_blocks\.|^transformer\.|^lora_transformer_|^lora_te3_"
-            r"|^lora_te_t5|^diffusion_model\.(blocks|layers)\.\d|^(lora_unet|lycoris)_(transformer_blocks|blocks|layers)_\d"
+            r"|^lora_te_t5|^(diffusion_model|net)\.(blocks|layers)\.\d|(double|single)_stream_blocks"
+            r"|distilled_guidance_layer|^(lora_unet|lycoris)_(transformer_blocks|blocks|layers)_\d"
         ),
         "diffusion-transformer or Kandinsky prior",
     ),
@@ -225,7 +227,7 @@ def _build(name: str, left: dict[str, Any]) -> Factors:
     inner = _direction(name, left, alpha)
     if magnitude is None:
         return inner
-    from lora_vision import factors as kinds
+    import lora_vision.factors as kinds
 
     if axis == 0:
         features = inner.size and inner.size[0]
@@ -254,7 +256,7 @@ def _magnitude(left: dict[str, Any]) -> tuple[Tensor | None, int]:
 
 def _direction(name: str, left: dict[str, Any], alpha: float | None) -> Factors:
     """Returns the factors without DoRA."""
-    from lora_vision import factors as kinds
+    import lora_vision.factors as kinds
 
     take: Callable[[str], Any] = lambda leaf: left.pop(leaf, None)  # noqa: E731
     bias = take("diff_b")
@@ -301,7 +303,7 @@ def _shaped(name: str, factors: Any) -> Factors:
 
 def disassemble(factors: Factors) -> dict[str, Any]:
     """Returns a layer's leaves, alpha as a number: what `assemble` takes."""
-    from lora_vision import factors as kinds
+    import lora_vision.factors as kinds
     from lora_vision.replacement import Replacement
 
     bias = {} if factors.bias is None else {"diff_b": factors.bias}

@@ -164,7 +164,7 @@ def alpha(config: dict[str, Any], path: str, leaves: Mapping[str, Any]) -> float
     """Returns one layer's alpha by a PEFT configuration: patterns first, times sqrt(rank) for rsLoRA.
 
     Raises:
-        AdapterError: the configuration speaks of another rank than the tensors have.
+        AdapterError: the configuration speaks of another rank than the tensors have, or of a DoRA they are not.
     """
     value = _patterns(config, "alpha_pattern").find(path, config.get("lora_alpha", config.get("alpha", 8)))
     rank = vocabulary.rank(leaves)
@@ -173,6 +173,8 @@ def alpha(config: dict[str, Any], path: str, leaves: Mapping[str, Any]) -> float
     stated = _patterns(config, "rank_pattern").find(path, config.get("r", rank))
     if stated != rank and "down" in leaves:
         raise AdapterError(f"adapter settings say rank {stated:g} for {path!a}, its tensors have {rank}")
+    if config.get("use_dora") and "down" in leaves and not {"magnitude", "dora_scale"} & leaves.keys():
+        raise AdapterError(f"adapter settings say DoRA, but {path!a} has no magnitude; the file is not whole")
     return value * math.sqrt(rank) if config.get("use_rslora") else value
 
 
