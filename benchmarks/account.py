@@ -14,6 +14,9 @@ What is foretold: ``fight``, one number of a pair from the weights; ``moved``, w
 two (``clash.py``). For a pair the mean over its styles, as the measured loss is; ``lost`` is the mean of ``moved`` cut
 off at 1, for a style cannot be lost more than wholly.
 
+A pair of styles is also measured at the weights that ``compare`` calls balanced, without and with the base: how far
+apart are what the two lose, beside 1 and 1?
+
 Then rank correlations of each with the measured loss: over styles with a partner, all pairs, pairs of two styles, and
 every choice of two of the styles with the subject. Beside them the ceiling: the two halves of the measurement with each
 other. Prints one JSON object.
@@ -143,15 +146,27 @@ def pairs(studio: Studio, styles: list[str]) -> dict[str, dict[str, Any]]:
             gone = studio.hits(f"{name} whole", {name: 1.0}, name) - studio.hits(*both, name)
             losses = (float(part.mean()) for part in (gone, gone[::2], gone[1::2]))
             alone = studio.called(f"{name} whole", {name: 1.0}, name)
-            told = {"alone": alone, "moved": felt[name], "lost": min(1.0, felt[name])}
-            lost[name] = {**told, **dict(zip(LOSSES, losses, strict=True))}
+            said = {"alone": alone, "moved": felt[name], "lost": min(1.0, felt[name])}
+            lost[name] = {**said, **dict(zip(LOSSES, losses, strict=True))}
+        told = compare(*two)
+        balances = {"sizes": told.balance, "moved": replace(told, moved=(felt[pair[0]], felt[pair[1]])).balance}
+        balances = balances if len(judged) == 2 else {}
         found[both[0]] = {
-            "fight": compare(*two).fight,
+            "fight": told.fight,
+            "balanced by": {way: evenness(studio, pair, weights) for way, weights in balances.items()},
             **{key: sum(each[key] for each in lost.values()) / len(lost) for key in ("moved", "lost", *LOSSES)},
             "styles": lost,
         }
         print(json.dumps({both[0]: found[both[0]]}), file=sys.stderr, flush=True)
     return found
+
+
+def evenness(studio: Studio, pair: tuple[str, ...], weights: tuple[float, float]) -> dict[str, Any]:
+    """What each of two styles loses at these weights, and how far apart these losses are."""
+    scales = dict(zip(pair, weights, strict=True))
+    row = (" + ".join(f"{name} {weight:.2f}" for name, weight in scales.items()), scales)
+    losses = [studio.called(f"{name} whole", {name: 1.0}, name) - studio.called(*row, name) for name in pair]
+    return {"weights": weights, "losses": losses, "apart": abs(losses[0] - losses[1])}
 
 
 def foretold(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
