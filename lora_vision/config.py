@@ -188,6 +188,9 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
     """Rank of each layer's change; auto: each layer keeps what its change needs (default: the base's own)."""
     targets: str | None = None
     """Layers to adapt: named sets joined by + ("attention+ff") or globs (default: the base's own)."""
+    quantise: Literal["int8"] | None = None
+    """Keep the frozen UNet's weights in 8 bits while training: less memory, a little less exact. For lora and
+    rslora."""
     compile: bool = False
     """Compile the UNet (torch.compile): minutes at the beginning for faster steps afterwards, on a GPU."""
     train_text: bool = False
@@ -220,6 +223,8 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
             raise ValueError(f"--up-rate {self.up_rate}: {self.variant} has no up matrices")
         if self.variant == "pissa" and self.max_norm:
             raise ValueError(f"--max-norm {self.max_norm}: a pissa change is a difference, which cannot be limited")
+        if self.quantise and self.variant not in ("lora", "rslora"):
+            raise ValueError(f"--quantise {self.quantise}: {self.variant} computes with the exact weights; use lora")
         if self.new_tokens and self.format != "kohya":
             raise ValueError(
                 f"--format {self.format} has no place for new tokens; use kohya, or leave out --new-tokens"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_vision.errors import AdapterError
+from lora_vision.quantised import Quantised, QuantisedConv2d, QuantisedLinear
 
 STATE: tuple[str, ...] = ("lora_down", "lora_up", "lora_gain", "lora_rows")
 STATE += ("lora_weight", "lora_bias", "lora_dense", "lora_dense_bias", "lora_share")
@@ -82,26 +83,34 @@ class LoraLinear(LoraLayer, nn.Linear):
     """A linear layer with adapters. Input [B, T, I] or [B, I], output [B, T, O] or [B, O]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._effective()
         down, up, gain = self.lora_down, self.lora_up, self.lora_gain
         if down is None or up is None:
-            y = F.linear(input, weight, bias) if self.lora_trained is None else self.lora_trained(self, input)
+            y = self._plain(input) if self.lora_trained is None else self.lora_trained(self, input)
         elif gain is None:
             y = self.with_pair(input, down, up, self.lora_alpha / down.shape[0])
         elif self.lora_rows is not None:
-            flat = F.linear(input.reshape(-1, input.shape[-1]), weight, bias)
+            flat = self._plain(input.reshape(-1, input.shape[-1]))
             y = _own_ranks(flat, input, down, up, gain, self.lora_rows).view(*input.shape[:-1], -1)
         else:
             rank = F.linear(input, down)
             rank = _scaled(rank, gain if gain.shape[0] == 1 else gain.view(-1, *(1,) * (rank.dim() - 2), gain.shape[1]))
-            flat = F.linear(input.reshape(-1, input.shape[-1]), weight, bias)
+            flat = self._plain(input.reshape(-1, input.shape[-1]))
             flat = _accumulated(flat, rank.reshape(-1, rank.shape[-1]), up.t())
             y = flat.view(*input.shape[:-1], -1)
         return y if self.lora_dense is None else self._dense_rows(input, y)
 
     def with_pair(self, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
         """The layer with one trainable float32 pair, computed in the base's (or autocast's) dtype."""
-        return _trained(x, *self._effective(), down, up, scale)
+        flat, device = x.reshape(-1, x.shape[-1]), x.device.type
+        if torch.is_autocast_enabled(device):
+            flat = flat.to(torch.get_autocast_dtype(device))  # once for both products
+        y = self._plain(flat)
+        rank = F.linear(flat, down.to(flat.dtype))
+        y.addmm_(rank, up.to(y.dtype).t(), alpha=scale)  # in place: no gradient needs y as it was
+        return y.view(*x.shape[:-1], -1)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self._effective())
 
     def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -114,21 +123,23 @@ class LoraConv2d(LoraLayer, nn.Conv2d):
         y: Tensor
         down, up, gain = self.lora_down, self.lora_up, self.lora_gain
         if down is None or up is None:
-            plain = self.lora_trained is None
-            y = self._conv_forward(input, *self._effective()) if plain else self.lora_trained(self, input)
+            y = self._plain(input) if self.lora_trained is None else self.lora_trained(self, input)
         elif gain is None:
             y = self.with_pair(input, down, up, self.lora_alpha / down.shape[0])
         else:
-            y = self._conv_forward(input, *self._effective())
+            y = self._plain(input)
             rank = _scaled(self._conv_forward(input, down, None), gain[:, :, None, None])
             y = _accumulated_conv(y, rank, up)
         return y if self.lora_dense is None else self._dense_rows(input, y)
 
     def with_pair(self, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
         """The layer with one trainable float32 pair, computed in the base's (or autocast's) dtype."""
-        y = self._conv_forward(x, *self._effective())
+        y = self._plain(x)
         rank = self._conv_forward(x, down.to(x.dtype), None)
         return _accumulated_conv(y, rank, up.to(y.dtype), scale)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self._conv_forward(x, *self._effective()))
 
     def _apply_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return cast(Tensor, self._conv_forward(x, weight, bias))
@@ -179,9 +190,25 @@ class LoraGroupNorm(LoraLayer, nn.GroupNorm):
         return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
+class LoraQuantisedLinear(LoraLinear, QuantisedLinear):
+    """The same over an int8 weight, with low-rank changes only."""
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return QuantisedLinear.forward(self, x)
+
+
+class LoraQuantisedConv2d(LoraConv2d, QuantisedConv2d):
+    """The same over int8 weights, with low-rank changes only."""
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return QuantisedConv2d.forward(self, x)
+
+
 WRAPPED: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Linear: LoraLinear,
+    QuantisedLinear: LoraQuantisedLinear,
     nn.Conv2d: LoraConv2d,
+    QuantisedConv2d: LoraQuantisedConv2d,
     nn.Embedding: LoraEmbedding,
     nn.LayerNorm: LoraLayerNorm,
     nn.GroupNorm: LoraGroupNorm,
@@ -253,11 +280,20 @@ def place(layer: LoraLayer) -> tuple[torch.device, torch.dtype]:
     if device.type == "meta":
         devices = [hook.execution_device for hook in _offload_hooks(layer) if hook.execution_device is not None]
         device = torch.device(devices[0]) if devices else device
-    return device, weight.dtype
+    return device, layer.scale.dtype if isinstance(layer, Quantised) else weight.dtype
 
 
 def base_tensor(layer: LoraLayer, name: str) -> Tensor | None:
-    """The layer's own ``weight`` or ``bias``, also when an offload hook has parked it; None if it has none."""
+    """The layer's own ``weight`` or ``bias``, also when an offload hook has parked it; None if it has none.
+
+    Raises:
+        AdapterError: The weight is quantised, and so not to be had exactly.
+    """
+    if name == "weight" and isinstance(layer, Quantised):
+        raise AdapterError(
+            "found a change that is computed with the base's weight, or to be merged into it, and a quantised base; "
+            "use the base as it was before, or plain LoRA without merging"
+        )
     tensor = cast("Tensor | None", getattr(layer, name, None))
     if tensor is not None and tensor.device.type == "meta":
         for hook in _offload_hooks(layer):
@@ -314,13 +350,3 @@ def _accumulated_conv(y: Tensor, rank: Tensor, up: Tensor, scale: float = 1.0) -
     channels, ranks = y.permute(0, 2, 3, 1), rank.permute(0, 2, 3, 1)  # channels_last: a plain matrix product
     total = torch.addmm(channels.reshape(-1, y.shape[1]), ranks.reshape(-1, rank.shape[1]), up.t(), alpha=scale)
     return total.view(channels.shape).permute(0, 3, 1, 2)
-
-
-def _trained(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """The layer with one trainable float32 pair, computed in the base's (or autocast's) dtype."""
-    flat, device = x.reshape(-1, x.shape[-1]), x.device.type
-    if torch.is_autocast_enabled(device):
-        flat = flat.to(torch.get_autocast_dtype(device))  # once for both products
-    y = F.linear(flat, weight, bias)
-    rank = F.linear(flat, down.to(flat.dtype))
-    return y.addmm_(rank, up.to(y.dtype).t(), alpha=scale).view(*x.shape[:-1], -1)  # no gradient needs y as it was

@@ -148,7 +148,7 @@ class Stack:
 
         Raises:
             BaseModelError: The weights are parked by an offload hook, or the untouched ones were not kept.
-            AdapterError: Rows have different weights.
+            AdapterError: Rows have different weights, or the base is quantised.
         """
         self.check_merge(weights)
         touched = {layer for name in {*self.merged, *weights} for layer in self.loaded[name].columns}
@@ -162,6 +162,7 @@ class Stack:
             raise AdapterError("different weights for each row cannot be merged; set one weight for all rows first")
         touched = {layer for name in {*self.merged, *weights} for layer in self.loaded[name].columns}
         for layer in touched:
+            base_tensor(self._wrapped(layer), "weight")  # refuses a quantised one
             found = (self.loaded[name].dense.get(layer) for name in weights)
             if base_tensor(self._wrapped(layer), "bias") is None and any(
                 f and f.bias_delta() is not None for f in found

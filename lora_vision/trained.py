@@ -19,6 +19,7 @@ from lora_vision.config import ChangeConfig, LoraConfig
 from lora_vision.errors import AdapterError
 from lora_vision.factors import Dora, Factors, Hadamard, Kronecker, LowRank
 from lora_vision.layers import LoraLayer, put
+from lora_vision.quantised import Quantised
 from lora_vision.targets import select
 
 F = TypeVar("F", bound=Factors)
@@ -38,9 +39,14 @@ def plans(config: LoraConfig, layers: Mapping[str, nn.Module]) -> dict[str, Plan
     """The plan of each layer that is to be trained, by true name, in the model's order.
 
     Raises:
-        AdapterError: A target or a line of ``config.layers`` matches nothing or makes no sense.
+        AdapterError: A target or a line of ``config.layers`` matches nothing or makes no sense, or the variant needs
+            weights that are quantised.
     """
     chosen = {name: layers[name] for name in select(config.targets, layers)}
+    if config.variant not in ("lora", "rslora") and any(isinstance(layer, Quantised) for layer in chosen.values()):
+        raise AdapterError(
+            f"{config.variant} computes with the base's weights, which are quantised; use lora or rslora"
+        )
     values: dict[str, dict[str, float]] = {name: {} for name in chosen}
     for line in config.layers:
         terms, numbers = _line(line)

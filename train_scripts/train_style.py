@@ -41,6 +41,7 @@ from lora_vision.files import save_adapter
 from lora_vision.inject import attach, collect, detach, inject, rates
 from lora_vision.losses import DiffusionLoss, NoiseSchedule
 from lora_vision.metadata import metadata
+from lora_vision.quantised import quantise
 from lora_vision.samples import SampleSheet, png
 from lora_vision.survey import survey
 from lora_vision.tools.card import licence_of, write_card
@@ -76,6 +77,8 @@ def run(config: StyleConfig) -> Path:
     dtype = weight_dtype(accelerator)
     base = load_base(config.base, dtype=dtype, config=config.base_config).to(accelerator.device, dtype)
     base.vae.float()  # SDXL's overflows in fp16
+    if config.quantise:
+        quantise(base.unet)
     config = replace(config.filled(base.recipe), precision=precision_of(accelerator))
 
     schedule = NoiseSchedule(base.scheduler)
