@@ -43,7 +43,7 @@ def test_an_adapter_does_not_fight_itself() -> None:
     adapter = Adapter({LINEAR: make.lora(), CONV: make.locon(), TEXT: make.lora()})
     found = compare(adapter, adapter)
     assert found.cosine == pytest.approx(1, abs=1e-5)
-    assert found.fight == pytest.approx(0, abs=1e-5)
+    assert 0 <= found.fight < 1e-5
     assert found.balance == pytest.approx((1, 1))
     for meeting in found.layers.values():
         assert meeting.writes == pytest.approx(1, abs=1e-5)

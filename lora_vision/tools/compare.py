@@ -52,7 +52,7 @@ class Meeting:
     @property
     def fight(self) -> float:
         """How much they want different things of the same features: ``writes · (1 - cosine)``, in [0, 2]."""
-        return self.writes * (1 - self.cosine)
+        return self.writes * max(0.0, 1 - self.cosine)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Comparison:
             alone = f"no layer in common ({self.only_a} and {self.only_b} of their own): their weights do not meet"
             return "\n".join([alone, *felt])
         weights = self.balance
-        alike = "both changes are as large" if self.moved is None else "each should move the other as much"
+        alike = "both changes are equally large" if self.moved is None else "each should move the other as much"
         lines = [
             f"fight {self.fight:.3f} (0: they do not meet, 1: other things to the same features, 2: they cancel)",
             f"cosine {self.cosine:+.3f}, sizes {self.size_a:.3g} and {self.size_b:.3g}",
