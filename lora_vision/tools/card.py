@@ -112,7 +112,7 @@ def check_repo(repo: str) -> None:
         LoraVisionError: It cannot.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)
