@@ -36,12 +36,13 @@ from lora_vision.base import Base, load_base
 from lora_vision.batches import StyleBatches
 from lora_vision.config import LoraConfig, StyleConfig
 from lora_vision.data import read_pictures
+from lora_vision.devices import make_accelerator, weight_dtype
 from lora_vision.encoding import EncodedPictures, Encoding, encode
 from lora_vision.files import save_adapter
 from lora_vision.inject import collect, inject
 from lora_vision.losses import DiffusionLoss, NoiseSchedule
 from lora_vision.targets import select
-from lora_vision.training import Job, Run, make_accelerator, weight_dtype
+from lora_vision.training import Job, Run
 
 
 def ours(base: Base, pictures: EncodedPictures, config: StyleConfig) -> Callable[[], float]:

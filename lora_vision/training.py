@@ -8,30 +8,28 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_vision.config import FitConfig, Precision
+from lora_vision.config import FitConfig
+from lora_vision.devices import average, gather, is_sharded, share_out
 from lora_vision.optimizers import TrainingError, by_rate, learning_rate, make_optimizer
 from lora_vision.whole import write_whole
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 20
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -112,62 +110,6 @@ class Fitted:
         }
 
 
-def make_accelerator(config: FitConfig, *, folder: Path | None = None, unused_parameters: bool = False) -> Accelerator:
-    """The Accelerator for this precision and tracker and whatever `accelerate launch` has set up.
-
-    Args:
-        config: Precision and tracker.
-        folder: Where trackers that keep files may do so; without one nothing is tracked.
-        unused_parameters: Whether some that learn may take no part in a step.
-
-    Raises:
-        TrainingError: For fp16 on a CPU, or a tracker that is not there.
-    """
-    names = [] if folder is None else trackers(config.tracker)
-    tracked: dict[str, Any] = {"log_with": names, "project_dir": folder} if names else {}
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if config.precision != "auto":
-        chosen = config.precision.replace("fp32", "no")
-    elif torch.cuda.is_available() and launched == "no":
-        chosen = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    else:
-        chosen = launched
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)]
-    try:
-        accelerator = Accelerator(mixed_precision=chosen, kwargs_handlers=handlers, **tracked)
-    except ValueError as error:
-        raise TrainingError(f"precision {chosen} is not possible here: {error}; use --precision fp32") from error
-    if chosen == "fp16" and accelerator.device.type == "cpu":
-        raise TrainingError("found precision fp16 on a CPU, which cannot train in it; use --precision fp32 or bf16")
-    return accelerator
-
-
-def trackers(name: str) -> list[str]:
-    """The trackers that are meant, as Accelerate calls them.
-
-    Raises:
-        TrainingError: There is none of that name, or it is not installed.
-    """
-    there = [str(each) for each in get_available_trackers()]
-    if name == "none" or (name == "auto" and "tensorboard" not in there):
-        return []
-    if name not in ("auto", *there):
-        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-        advice = "install it" if name in LOGGER_TYPE_TO_CLASS else f"choose auto, none or one of {known}"
-        raise TrainingError(f"--tracker {name} is not there; {advice}")
-    return ["tensorboard" if name == "auto" else name]
-
-
-def precision_of(accelerator: Accelerator) -> Precision:
-    """The precision this Accelerator computes in: "fp32", "bf16" or "fp16"."""
-    return cast(Precision, accelerator.mixed_precision.replace("no", "fp32"))
-
-
-def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype for frozen weights under this Accelerator's precision."""
-    return DTYPES[precision_of(accelerator)]
-
-
 def draws(seed: int, turn: int, part: int) -> int:
     """The seed of what a part of a micro-batch draws from torch's own generators (dropouts), in any resumed run too."""
     return int.from_bytes(blake2b(f"{seed} {turn} {part}".encode(), digest_size=4).digest())
@@ -221,6 +163,9 @@ class Run:
         self.failures = 0
         self.parts = 1
         optimizer = make_optimizer(by_rate(job.parameters, job.rates), config, accelerator.device)
+        self.sharded = is_sharded(accelerator)
+        if self.sharded:
+            share_out(accelerator, job.parameters)
         self.model, self.optimizer = accelerator.prepare(job.loss, optimizer)
         self.optimizer.train()  # schedule-free wants to be told
         self.mean = [each.detach().clone() for each in job.parameters] if config.ema else None
@@ -234,6 +179,9 @@ class Run:
         config = self.config
         quiet = not self.accelerator.is_main_process
         smooth = math.nan
+        if self.sharded:  # FSDP wants the first forward to be the whole model's, not that of a sample picture
+            with torch.no_grad():
+                self.model(self.job.batch(0, 1))
         if self.done == 0:
             self._look(sample=bool(config.sample_every))
         with tqdm(total=self.steps, initial=self.done, desc="training", unit="step", disable=quiet) as bar:
@@ -249,6 +197,7 @@ class Run:
         if self.done < self.steps:
             logger.info("stopped at step %d: no better held-out loss since %s", self.done, self.history.best_step)
         self._average()
+        self._gather(True)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return Fitted(self.history, self.best, self.resumed, self.extends)
@@ -273,6 +222,8 @@ class Run:
         while (total := self._gradients()) is None:
             self.optimizer.zero_grad(set_to_none=True)
             clear_device_cache(garbage_collection=True)
+        if self.sharded:
+            average(accelerator, self.job.parameters)
         norm = accelerator.clip_grad_norm_(self.job.parameters, config.clip or math.inf)
         finite = bool(torch.isfinite(norm))
         if finite or accelerator.scaler is not None:  # the scaler skips by itself, and must see that it should
@@ -345,9 +296,17 @@ class Run:
                 self.accelerator.log({"held-out loss": loss}, step=self.done)
                 if self.history.best_step == self.done:
                     self.best = [parameter.detach().clone() for parameter in self.job.parameters]
-            if sample and self.job.sample is not None and self.accelerator.is_main_process:
-                with torch.random.fork_rng(), torch.no_grad():
-                    self.job.sample(self.done)
+            if sample and self.job.sample is not None:
+                self._gather(True)
+                if self.accelerator.is_main_process:
+                    with torch.random.fork_rng(), torch.no_grad():
+                        self.job.sample(self.done)
+                self._gather(False)
+
+    def _gather(self, whole: bool) -> None:
+        """Give every process all of a sharded base, so that one may use it alone, or let each keep its share again."""
+        if self.sharded:
+            gather(self.model, whole)
 
     @contextmanager
     def _kept(self) -> Iterator[None]:

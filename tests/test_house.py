@@ -21,7 +21,7 @@ WINGS = (
     "names targets factors replacement adapter spectrum lineage approximate quantised layers gains originals rooms "
     "stack trained inject formats files klora combine report words",
     "tiny base data metadata buckets captions cache encoding survey sheet charts batches losses samples "
-    "optimizers training",
+    "optimizers devices training",
     "schedules regions conduct blend choices blending voices generate ziplora combining tools vit cli __main__",
 )
 FLOORS = " ".join(WINGS).split()

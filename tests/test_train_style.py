@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,16 +17,20 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from models import Family, ldm_checkpoint, tiny_sd, write_pictures
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import lora_vision as lv
+from lora_vision.base import RECIPES
 from lora_vision.batches import StyleBatches
 from lora_vision.config import StyleConfig
 from lora_vision.errors import BaseModelError, DataError
 from lora_vision.tools.history import differences, history, settings_of, table
-from lora_vision.training import TrainingError
+from lora_vision.training import Run, TrainingError
 from train_scripts import train_style
 from train_scripts.train_style import run
 
@@ -391,3 +397,52 @@ def test_two_processes_are_one_with_the_doubled_batch(config: StyleConfig) -> No
     history = json.loads((Path(halves.output).with_name("halves-training") / "history.json").read_text())
     single = json.loads((Path(config.output).with_name("ink-training") / "history.json").read_text())
     assert history["losses"] == pytest.approx(single["losses"], rel=1e-4)
+
+
+def share_out(rank: int, port: int, config: StyleConfig) -> None:
+    """One of two processes that train under FSDP2; Accelerate chooses that on GPUs only, so its choice is made here."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true"}
+    os.environ |= {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "BasicTransformerBlock,ResnetBlock2D"
+    begin, step = AcceleratorState.__init__, Run.step
+
+    def sharded(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    def watched(self: Run) -> float:
+        shares = [parameter for parameter in self.model.parameters() if isinstance(parameter, DTensor)]
+        assert sum(map(Tensor.numel, shares)) > 0.9 * sum(map(Tensor.numel, self.model.parameters()))
+        assert not any(isinstance(parameter, DTensor) for parameter in self.job.parameters)
+        return step(self)
+
+    AcceleratorState.__init__, Run.step = sharded, watched  # type: ignore[method-assign]
+    run(config)
+
+
+def test_a_base_shared_out_by_fsdp_trains_the_same_adapter(
+    config: StyleConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], sample_steps=2))
+    shared = elsewhere(config, "shared", steps=4, batch_size=1, accumulate=2, sample_every=4, ema=0.5)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # nothing is imported again
+    processes = [context.Process(target=share_out, args=(rank, port, shared)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0
+    alone = elsewhere(config, "alone", steps=4, batch_size=2, accumulate=2, ema=0.5)
+    assert_same(lv.load_adapter(shared.output), lv.load_adapter(run(alone)), tolerance=1e-2)
+    folder = Path(shared.output).with_name("shared-training")
+    assert {"samples.png", "choices.png", "checkpoint.pt"} <= {path.name for path in folder.iterdir()}
+    losses, single = (
+        json.loads((Path(each.output).with_name(f"{name}-training") / "history.json").read_text())
+        for each, name in ((shared, "shared"), (alone, "alone"))
+    )
+    assert losses["losses"] == pytest.approx(single["losses"], rel=1e-4)
+    assert losses["validation"] == pytest.approx(single["validation"], rel=1e-4)

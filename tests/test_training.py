@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lora_vision.batches import generator
 from lora_vision.config import FitConfig
-from lora_vision.training import Job, Run, TrainingError, fit, make_accelerator, weight_dtype
+from lora_vision.devices import make_accelerator, weight_dtype
+from lora_vision.training import Job, Run, TrainingError, fit
 
 CONFIG = FitConfig(steps=12, batch_size=4, learning_rate=0.05, validate_every=3, checkpoint_every=5, precision="fp32")
 

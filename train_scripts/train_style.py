@@ -35,6 +35,7 @@ from lora_vision.charts import loss_curve
 from lora_vision.choices import choices
 from lora_vision.config import ChangeConfig, LoraConfig, StyleConfig
 from lora_vision.data import PictureSet, read_pictures
+from lora_vision.devices import make_accelerator, precision_of, weight_dtype
 from lora_vision.encoding import Encoding, encode, step_of
 from lora_vision.errors import DataError
 from lora_vision.files import save_adapter
@@ -48,7 +49,7 @@ from lora_vision.tools.card import licence_of, write_card
 from lora_vision.tools.history import went_on_from
 from lora_vision.tools.resize import Size, resize
 from lora_vision.trained import limit_norms, silenced
-from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, put, weight_dtype
+from lora_vision.training import Fitted, Job, fit, put
 from lora_vision.whole import check_writable, write_whole
 from lora_vision.words import NewWord
 

@@ -26,10 +26,11 @@ from torch import nn
 import lora_vision
 from lora_vision.charts import loss_curve
 from lora_vision.config import LoraConfig
+from lora_vision.devices import make_accelerator, precision_of, weight_dtype
 from lora_vision.inject import collect
 from lora_vision.tools.card import licence_of, write_card
 from lora_vision.tools.history import went_on_from
-from lora_vision.training import Fitted, Job, fit, make_accelerator, precision_of, put, weight_dtype
+from lora_vision.training import Fitted, Job, fit, put
 from lora_vision.vit.augment import level
 from lora_vision.vit.backbone import Backbone, load_backbone
 from lora_vision.vit.classifier import Classifier, Domain, load_classifier, save, with_head

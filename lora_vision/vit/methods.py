@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lora_vision.config import FitConfig, LoraConfig
-from lora_vision.training import Job, fit, make_accelerator, put
+from lora_vision.devices import make_accelerator
+from lora_vision.training import Job, fit, put
 from lora_vision.vit.augment import level
 from lora_vision.vit.backbone import load_backbone
 from lora_vision.vit.classifier import Classifier
