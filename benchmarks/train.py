@@ -8,7 +8,9 @@ the SD 1.5 UNet (860 million, fp32) from one file, and take one step each in tur
 is forward, backward, clipping and fused AdamW at 32 x 32 latents, 77 tokens, rank 16 on every attention projection.
 Seconds are the process's own CPU time on one thread, the least and the median of the timed steps. "full" tunes every
 weight, "forward" is the bare UNet without gradients, ":half" keeps the frozen base in bf16 (for its memory: a CPU may
-compute slowly in it). kohya's modules come with its repository only; what they compute is written anew here.
+compute slowly in it), "ours:half+checkpointing" combines. kohya's modules come with its repository only; what they
+compute is written anew here. With --steps 0, for memory, what is freed goes back to the system at once, so that the
+peak is what is held and not what the allocator keeps.
 """
 
 from __future__ import annotations
@@ -87,8 +89,10 @@ def trainable(kind: str, unet: UNet2DConditionModel) -> list[nn.Parameter]:
     elif family == "ours":
         import lora_vision as lv
 
-        options = WITH.get(variant, {"variant": variant or "lora"})
-        if variant == "checkpointing":
+        options: dict[str, Any] = {}
+        for word in filter(None, variant.split("+")):
+            options |= WITH.get(word, {"variant": word})
+        if "checkpointing" in variant:
             unet.enable_gradient_checkpointing()
             unet.train()
         return lv.inject({"unet": unet}, lv.LoraConfig(rank=RANK, targets="attention", **options))
@@ -119,7 +123,7 @@ def trainable(kind: str, unet: UNet2DConditionModel) -> list[nn.Parameter]:
 
 def prepared(kind: str, path: Path, config: dict[str, Any], batch: int) -> Callable[[], None]:
     """A function that takes one step of this contender."""
-    half = kind.endswith(":half")
+    half = ":half" in kind
     unet = loaded(halved(path) if half else path, config)
     generator = torch.Generator().manual_seed(1)
     side, width = config["sample_size"] // 2, config["cross_attention_dim"]
@@ -161,6 +165,8 @@ def worker(kind: str, path: Path, config: dict[str, Any], batch: int) -> None:
 def race(kinds: list[str], path: Path, batch: int, steps: int, tiny: bool) -> dict[str, dict[str, float]]:
     """Seconds and memory of each contender; the first step of each is not timed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not steps:
+        environment["MALLOC_MMAP_THRESHOLD_"] = "131072"
     options = ["--path", str(path), "--batch", str(batch), *(["--tiny"] if tiny else [])]
     found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     workers = {}
@@ -224,7 +230,7 @@ def main() -> None:
         path = given.path or Path(folder) / "unet.safetensors"
         if not path.is_file():
             write_weights(path, config)
-        if any(kind.endswith(":half") for kind in given.contenders):
+        if any(":half" in kind for kind in given.contenders):
             halved(path)  # not in a contender: it would count as its memory
         found = {batch: race(given.contenders, path, batch, given.steps, given.tiny) for batch in given.batch}
     for batch, rows in found.items():
