@@ -40,8 +40,8 @@ RECIPES = {
     "tiny": Recipe(
         rank=16,
         targets="self-attention+ff+conv",
-        learning_rate=1e-3,
-        steps=250,
+        learning_rate=3e-3,
+        steps=150,
         batch_size=8,
         resolution=64,
         sample_steps=25,
