@@ -11,11 +11,7 @@ loss of style accuracy, from what the adapter reaches alone, on every second nou
 adapter has no style: the pair's measured loss is the mean over its styles.
 
 What is foretold: ``fight``, one number of a pair from the weights; ``moved``, with the base, a number for each of the
-two (``clash.py``). For a pair the mean over its styles, as the measured loss is; ``lost`` is the mean of ``moved`` cut
-off at 1, for a style cannot be lost more than wholly.
-
-A pair of styles is also measured at the weights that ``compare`` calls balanced, without and with the base: how far
-apart are what the two lose, beside 1 and 1?
+two (``clash.py``); for a pair the mean over its styles, as the measured loss is.
 
 Then rank correlations of each with the measured loss: over styles with a partner, all pairs, pairs of two styles, and
 every choice of two of the styles with the subject. Beside them the ceiling: the two halves of the measurement with each
@@ -146,27 +142,14 @@ def pairs(studio: Studio, styles: list[str]) -> dict[str, dict[str, Any]]:
             gone = studio.hits(f"{name} whole", {name: 1.0}, name) - studio.hits(*both, name)
             losses = (float(part.mean()) for part in (gone, gone[::2], gone[1::2]))
             alone = studio.called(f"{name} whole", {name: 1.0}, name)
-            said = {"alone": alone, "moved": felt[name], "lost": min(1.0, felt[name])}
-            lost[name] = {**said, **dict(zip(LOSSES, losses, strict=True))}
-        told = compare(*two)
-        balances = {"sizes": told.balance, "moved": replace(told, moved=(felt[pair[0]], felt[pair[1]])).balance}
-        balances = balances if len(judged) == 2 else {}
+            lost[name] = {"alone": alone, "moved": felt[name], **dict(zip(LOSSES, losses, strict=True))}
         found[both[0]] = {
-            "fight": told.fight,
-            "balanced by": {way: evenness(studio, pair, weights) for way, weights in balances.items()},
-            **{key: sum(each[key] for each in lost.values()) / len(lost) for key in ("moved", "lost", *LOSSES)},
+            "fight": compare(*two).fight,
+            **{key: sum(each[key] for each in lost.values()) / len(lost) for key in ("moved", *LOSSES)},
             "styles": lost,
         }
         print(json.dumps({both[0]: found[both[0]]}), file=sys.stderr, flush=True)
     return found
-
-
-def evenness(studio: Studio, pair: tuple[str, ...], weights: tuple[float, float]) -> dict[str, Any]:
-    """What each of two styles loses at these weights, and how far apart these losses are."""
-    scales = dict(zip(pair, weights, strict=True))
-    row = (" + ".join(f"{name} {weight:.2f}" for name, weight in scales.items()), scales)
-    losses = [studio.called(f"{name} whole", {name: 1.0}, name) - studio.called(*row, name) for name in pair]
-    return {"weights": weights, "losses": losses, "apart": abs(losses[0] - losses[1])}
 
 
 def foretold(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -187,7 +170,7 @@ def foretold(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
             "halves": rank_correlation(*([row[half] for row in rows] for half in LOSSES[1:])),
             **{
                 key: rank_correlation([row[key] for row in rows], [row["loss"] for row in rows])
-                for key in ("fight", "moved", "lost")
+                for key in ("fight", "moved")
                 if key in rows[0]
             },
         }

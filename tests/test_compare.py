@@ -134,10 +134,7 @@ def test_a_base_feels_the_other_as_much_as_it_changes_the_predictions(
     assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
     told = lora_vision("compare", *sd1_adapters, "--base", sd1_folder, "--json")
     assert told.code == 0, told.err
-    first, second = told.json["moved"]
-    assert first > 0.01 and second > 0.01
-    one, other = told.json["balance"]
-    assert one / other == pytest.approx((first / second) ** 0.5, rel=1e-4) and max(one, other) == 1
+    assert len(told.json["moved"]) == 2 and all(value > 0.01 for value in told.json["moved"])
 
 
 def test_the_command_draws_it(lora_vision: Run, tmp_path: Path) -> None:
@@ -152,7 +149,7 @@ def test_the_command_draws_it(lora_vision: Run, tmp_path: Path) -> None:
     assert told.json["fight"] == pytest.approx(compare(*(_load(file) for file in files)).fight)
     with Image.open(tmp_path / "c.png") as picture:
         assert len(picture.getcolors(1 << 20) or ()) > 20
-    assert "balanced at weights" in lora_vision("compare", *files).out
+    assert "equally large at weights" in lora_vision("compare", *files).out
     assert lora_vision("compare", files[0], tmp_path / "c.png").code == 1
     assert lora_vision("compare", *files, "--picture", "c.gif").code == 2
     (tmp_path / "c.png").rename(tmp_path / "d.png")

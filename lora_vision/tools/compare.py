@@ -92,12 +92,9 @@ class Comparison:
 
     @property
     def balance(self) -> tuple[float, float]:
-        """Weights that balance the two, one of them at 1: at which both changes are equally large or, with a base, at
-        which each moves the other as much, if what they do to the predictions grows with their weights.
-        """
-        a, b = (self.size_b, self.size_a) if self.moved is None else (self.moved[0] ** 0.5, self.moved[1] ** 0.5)
-        most = max(a, b)
-        return (a / most, b / most) if min(a, b) > 0 else (1.0, 1.0)
+        """Weights at which both adapters are equally large, the smaller one at 1."""
+        least = min(self.size_a, self.size_b)
+        return least / (self.size_a or 1.0), least / (self.size_b or 1.0)
 
     def worst(self, count: int = 8) -> list[str]:
         """The layers that add most to the fight, the worst first."""
@@ -123,12 +120,11 @@ class Comparison:
             alone = f"no layer in common ({self.only_a} and {self.only_b} of their own): their weights do not meet"
             return "\n".join([alone, *felt])
         weights = self.balance
-        alike = "both changes are equally large" if self.moved is None else "each should move the other as much"
         lines = [
             f"fight {self.fight:.3f} (0: they do not meet, 1: other things to the same features, 2: they cancel)",
-            f"cosine {self.cosine:+.3f}, sizes {self.size_a:.3g} and {self.size_b:.3g}",
+            f"cosine {self.cosine:+.3f}, sizes {self.size_a:.3g} and {self.size_b:.3g}: "
+            f"equally large at weights {weights[0]:.2f} and {weights[1]:.2f}",
             *felt,
-            f"balanced at weights {weights[0]:.2f} and {weights[1]:.2f}, at which {alike}",
             f"{len(self.layers)} layers in common, {self.only_a} and {self.only_b} of their own; worst:",
         ]
         for name in self.worst():

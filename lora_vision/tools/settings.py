@@ -94,7 +94,7 @@ class BakeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Tell how two adapters agree, how much they will fight, and which weights would balance them."""
+    """Tell how two adapters agree, how much they will fight, and at which weights both are equally large."""
 
     a: str
     """One adapter file."""
