@@ -4,19 +4,21 @@
     python benchmarks/train.py --contenders ours ours:dora ours:loha ours:lokr ours:pissa ours:checkpointing --batch 1
 
 Each contender is a process of its own, so that its peak memory (VmHWM) is its own; all map the same random weights of
-the SD 1.5 UNet (860 million, fp32) from one file, and take one step each in turn, in an order that turns too. A step
-is forward, backward, clipping and fused AdamW at 32 x 32 latents, 77 tokens, rank 16 on every attention projection.
+the SD 1.5 UNet (860 million, fp32) from one file, and take one step each in turn, in an order that turns too. A step is
+forward, backward, clipping and fused AdamW at 32 x 32 latents, 77 tokens, rank 16 on every attention projection.
 Seconds are the process's own CPU time on one thread, the least and the median of the timed steps. "full" tunes every
 weight, "forward" is the bare UNet without gradients, ":half" keeps the frozen base in bf16 (for its memory: a CPU may
-compute slowly in it), "ours:half+checkpointing" combines. kohya's modules come with its repository only; what they
-compute is written anew here. With --steps 0, for memory, what is freed goes back to the system at once, so that the
-peak is what is held and not what the allocator keeps.
+compute slowly in it), ":int8" in 8 bits, "ours:half+checkpointing" combines. kohya's modules come with its repository
+only; what they compute is written anew here. With --steps 0, for memory, what is freed goes back to the system at once,
+so that the peak is what is held and not what the allocator keeps. With --together, for seconds, all step in one
+process; several differ by some per cent in what the base alone costs, depending on the memory they were given.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -36,7 +38,7 @@ RANK = 16
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 TINY = {"sample_size": 16, "cross_attention_dim": 32, "attention_head_dim": 4, "block_out_channels": (32, 32, 64, 64)}
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
-WITH = {"dropout": {"rank_dropout": 0.1}, "checkpointing": {}, "half": {}}
+WITH = {"dropout": {"rank_dropout": 0.1}, "checkpointing": {}, "half": {}, "int8": {}}
 
 
 def write_weights(path: Path, config: dict[str, Any]) -> None:
@@ -121,10 +123,22 @@ def trainable(kind: str, unet: UNet2DConditionModel) -> list[nn.Parameter]:
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
+def settled(unet: UNet2DConditionModel) -> None:
+    """Keep the frozen base in 8 bits, in memory of its own; the peak is counted from now on."""
+    from lora_vision.quantised import quantise
+
+    quantise(unet)
+    for tensor in (*unet.parameters(), *unet.buffers()):
+        tensor.data = tensor.data.clone()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def prepared(kind: str, path: Path, config: dict[str, Any], batch: int) -> Callable[[], None]:
     """A function that takes one step of this contender."""
     half = ":half" in kind
     unet = loaded(halved(path) if half else path, config)
+    if "int8" in kind:
+        settled(unet)
     generator = torch.Generator().manual_seed(1)
     side, width = config["sample_size"] // 2, config["cross_attention_dim"]
     x, noise = torch.randn(2, batch, 4, side, side, generator=generator)
@@ -203,6 +217,26 @@ def race(kinds: list[str], path: Path, batch: int, steps: int, tiny: bool) -> di
     }
 
 
+def together(
+    kinds: list[str], path: Path, config: dict[str, Any], batch: int, steps: int
+) -> dict[str, dict[str, float]]:
+    """Seconds of each contender in this one process, where all find the same memory; the first step is not timed."""
+    torch.set_num_threads(1)
+    jobs = {kind: prepared(kind, path, config, batch) for kind in kinds}
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for number in range(steps + 1):
+        turn = number % len(kinds)
+        for kind in (*kinds[turn:], *kinds[:turn]):
+            start = time.process_time()
+            jobs[kind]()
+            found[kind].append(time.process_time() - start)
+            print(f"batch {batch} step {number} {kind}: {found[kind][-1]:.3f}", file=sys.stderr, flush=True)
+    return {
+        kind: {"least": min(rows[1:]), "median": statistics.median(rows[1:]), "peak_gib": math.nan}
+        for kind, rows in found.items()
+    }
+
+
 def answer(process: subprocess.Popen[str]) -> str:
     """The next line a worker says."""
     assert process.stdout is not None
@@ -218,6 +252,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=["ours", "kohya", "peft", "lycoris"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each; 0 takes the first, for memory")
+    parser.add_argument("--together", action="store_true", help="all in one process: seconds only, but fairer ones")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--tiny", action="store_true", help="a UNet of toy size, to try this script")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -232,7 +267,10 @@ def main() -> None:
             write_weights(path, config)
         if any(":half" in kind for kind in given.contenders):
             halved(path)  # not in a contender: it would count as its memory
-        found = {batch: race(given.contenders, path, batch, given.steps, given.tiny) for batch in given.batch}
+        if given.together:
+            found = {n: together(given.contenders, path, config, n, given.steps) for n in given.batch}
+        else:
+            found = {n: race(given.contenders, path, n, given.steps, given.tiny) for n in given.batch}
     for batch, rows in found.items():
         first = next(iter(rows.values()))
         print(f"\nbatch {batch:<16} CPU s, least   median   ratio   peak GiB   ratio")
