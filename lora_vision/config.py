@@ -5,6 +5,7 @@ The text below a field is its help line: the command line and the configuration 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
@@ -24,11 +25,16 @@ class ChangeConfig:
     """Other numbers for some layers, as "conv:rank=8,alpha=4" or "unet.up_blocks.*:rate=0.5": rate multiplies the
     learning rate; where several cover a layer, the last one counts."""
     up_rate: float = 1.0
-    """Learning rate of the up matrices over that of the down matrices (LoRA+; 16 is its authors' choice)."""
+    """Learning rate of the up matrices over that of the down matrices (LoRA+; 16 is its authors' choice). Where no
+    learning rate is given, that of the down matrices falls, so that their product stays."""
     rank_dropout: float = 0.0
     """Share of the ranks left out in each micro-batch."""
     module_dropout: float = 0.0
     """Share of the layers left out in each micro-batch."""
+
+    def rate_of_change(self, lora: float) -> float:
+        """The learning rate of this kind of change where plain LoRA's would be `lora`: benchmarks/RESULTS.md."""
+        return lora * {"pissa": 1 / 3, "loha": 1 / 2}.get(self.variant, 1.0) / math.sqrt(self.up_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +118,12 @@ class FitConfig:
     resume: bool = False
     """Continue from the last checkpoint of this output instead of starting over."""
 
-    def usual_rate(self, adamw: float) -> float:
+    def rate_of_optimizer(self, adamw: float) -> float:
         """The learning rate of this optimizer where AdamW's would be `adamw`.
 
         Lion's is 3 to 10 times lower (Chen et al. 2023, arXiv 2302.06675, sec. 5); Prodigy's is a multiplier.
         """
-        return {"prodigy": 1.0, "lion": adamw / 5}.get(self.optimizer, adamw)
+        return {"prodigy": 1.0, "lion": adamw / 3}.get(self.optimizer, adamw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +248,7 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
     def filled(self, recipe: Recipe) -> Self:
         """This configuration with everything the user left open taken from the base's recipe."""
         names = ("rank", "targets", "learning_rate", "steps", "batch_size", "resolution")
-        recipe = replace(recipe, learning_rate=self.usual_rate(recipe.learning_rate))
+        recipe = replace(recipe, learning_rate=self.rate_of_optimizer(self.rate_of_change(recipe.learning_rate)))
         open_fields = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
         if self.sample_every is None:
             open_fields["sample_every"] = -(-(self.steps or recipe.steps) // 4)

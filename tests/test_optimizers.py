@@ -29,7 +29,9 @@ CPU = torch.device("cpu")
 def test_every_optimizer_goes_downhill(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name in LIBRARIES:
         pytest.importorskip(LIBRARIES[name])
-    config = FitConfig(optimizer=name, learning_rate=FitConfig(optimizer=name).usual_rate(0.05), weight_decay=0.01)
+    config = FitConfig(
+        optimizer=name, learning_rate=FitConfig(optimizer=name).rate_of_optimizer(0.05), weight_decay=0.01
+    )
     torch.manual_seed(0)
     weight, wanted = nn.Parameter(torch.zeros(64, 80)), torch.randn(64, 80)
     optimizer: Any = make_optimizer(by_rate([weight], []), config, CPU)
@@ -78,8 +80,17 @@ def test_each_optimizer_has_a_rate_of_its_own_unless_one_is_given() -> None:
     recipe = RECIPES["sd1"]
     config = StyleConfig(data="d", output="o.safetensors")
     found = {name: replace(config, optimizer=name).filled(recipe).learning_rate for name in NAMES}
-    assert found == dict.fromkeys(NAMES, 1e-4) | {"prodigy": 1.0, "lion": 2e-5}
+    assert found == dict.fromkeys(NAMES, 1e-4) | {"prodigy": 1.0, "lion": 1e-4 / 3}
     assert replace(config, optimizer="lion", learning_rate=0.5).filled(recipe).learning_rate == 0.5
+
+
+def test_every_kind_of_change_has_its_own_usual_rate() -> None:
+    recipe, config = RECIPES["tiny"], StyleConfig(data="d", output="o.safetensors")
+    plain = recipe.learning_rate
+    assert replace(config, variant="pissa").filled(recipe).learning_rate < plain
+    assert replace(config, up_rate=16.0).filled(recipe).learning_rate == plain / 4  # the up matrices' is 4 times plain
+    assert replace(config, variant="loha", optimizer="prodigy").filled(recipe).learning_rate == 1
+    assert replace(config, variant="pissa", learning_rate=0.5).filled(recipe).learning_rate == 0.5
 
 
 def test_two_averages_are_refused() -> None:

@@ -95,7 +95,7 @@ class VitConfig(FitConfig, LearningConfig):
         """
         batch = self.batch_size or min(32, max(4, pictures // 8))
         seen = max(SEEN, 3 * pictures)
-        rate = self.learning_rate or self.usual_rate(2e-3 if width < 384 else 5e-4)
+        rate = self.learning_rate or self.rate_of_optimizer(2e-3 if width < 384 else 5e-4)
         return replace(
             self,
             batch_size=batch,
