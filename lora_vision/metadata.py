@@ -22,7 +22,7 @@ OPTIMIZERS = {
     "adamw": "torch.optim.adamw.AdamW",
     "adamw8bit": "bitsandbytes.optim.adamw.AdamW8bit",
     "adafactor": "transformers.optimization.Adafactor(scale_parameter=False,relative_step=False,warmup_init=False)",
-    "prodigy": "prodigyopt.prodigy.Prodigy(safeguard_warmup=True,use_bias_correction=True)",
+    "prodigy": "prodigyopt.prodigy.Prodigy(safeguard_warmup=True,use_bias_correction=True,d0=1e-05)",
     "lion": "lion_pytorch.lion_pytorch.Lion",
     "schedulefree": "schedulefree.adamw_schedulefree.AdamWScheduleFree",
 }

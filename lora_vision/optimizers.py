@@ -48,7 +48,8 @@ def make_optimizer(groups: Groups, config: FitConfig, device: torch.device) -> t
     """The optimizer that ``config.optimizer`` names, over these groups.
 
     Each library's own settings for a given learning rate: Adafactor without relative steps and scaling by parameters
-    (an up matrix starts at zero), Prodigy with the safeguards its authors advise for diffusion models.
+    (an up matrix starts at zero), Prodigy with the safeguards its authors advise for diffusion models, and with a first
+    guess of the rate ten times its own, from which 150 steps are too few to get away.
 
     Raises:
         TrainingError: The library is not installed, or the optimizer cannot do what is asked for.
@@ -72,7 +73,8 @@ def make_optimizer(groups: Groups, config: FitConfig, device: torch.device) -> t
             "or take adamw"
         )
     with redirect_stdout(io.StringIO()):  # it prints
-        return _from("prodigyopt", "Prodigy")(groups, **plain, safeguard_warmup=True, use_bias_correction=True)
+        advised = {"safeguard_warmup": True, "use_bias_correction": True}
+        return _from("prodigyopt", "Prodigy")(groups, **plain, **advised, d0=1e-5)
 
 
 def _from(module: str, name: str) -> Callable[..., torch.optim.Optimizer]:
