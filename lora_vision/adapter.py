@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lora_vision.errors import AdapterError
 from lora_vision.factors import Factors
 
 
@@ -32,3 +33,14 @@ class Adapter:
         """Bytes its tensors take in memory."""
         layers = sum(t.nbytes for factors in self.layers.values() for t in factors.tensors().values())
         return layers + sum(t.nbytes for t in self.extras.values())
+
+    def check_layers(self) -> None:
+        """Nothing, if it changes layers.
+
+        Raises:
+            AdapterError: It does not.
+        """
+        if not self.layers:
+            held = ", ".join(self.extras) or "nothing"
+            advice = "; words.teach adds embeddings to a text encoder" if "embedding." in held else ""
+            raise AdapterError(f"this adapter changes no layer, it holds {held}{advice}")

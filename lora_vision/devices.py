@@ -92,10 +92,24 @@ def share_out(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> N
         TrainingError: It was set up for FSDP 1, whose flat parameters cannot leave some out.
     """
     plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise TrainingError(f"found FSDP {plugin.fsdp_version}; set fsdp_version: 2 in Accelerate's configuration")
+    version = getattr(plugin, "fsdp_version", 1)
+    if version != 2:
+        raise TrainingError(f"found FSDP {version}; set fsdp_version: 2 in Accelerate's configuration")
     plugin.ignored_modules = [nn.ParameterList(parameters)]
     plugin.cpu_ram_efficient_loading = False  # every process has loaded the base
+
+
+def check_whole(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Nothing, if what learns is what it was before Accelerate prepared the model.
+
+    Raises:
+        TrainingError: It was shared out, too.
+    """
+    if not {id(each) for each in parameters} <= {id(each) for each in model.parameters()}:
+        raise TrainingError(
+            "found what learns shared out among the processes; this torch or Accelerate cannot leave parameters out of "
+            "FSDP: torch 2.13 with Accelerate 1.15 can"
+        )
 
 
 def average(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:

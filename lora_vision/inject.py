@@ -67,10 +67,7 @@ def compare(adapter: Adapter, layers: Mapping[str, nn.Module], strict: bool = Tr
     Raises:
         AdapterError: With ``strict``, some layer is unmatched or misshapen; always, when nothing at all fits.
     """
-    if not adapter.layers:
-        held = ", ".join(adapter.extras) or "nothing"
-        advice = "; words.teach adds embeddings to a text encoder" if "embedding." in held else ""
-        raise AdapterError(f"this adapter changes no layer, it holds {held}{advice}")
+    adapter.check_layers()
     parts = {name.partition(".")[0] for name in layers}
     matched, unmatched, misshapen, ignored = [], [], [], list(adapter.extras)
     shapes: dict[str, tuple[int, ...]] = {}

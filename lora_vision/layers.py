@@ -235,6 +235,19 @@ def check_wrappable(name: str, module: nn.Module) -> None:
         raise AdapterError(f"the forward of {name} was replaced by {forward!r}; undo that before adapting the layer")
 
 
+def check_exact(name: str, module: nn.Module) -> None:
+    """Nothing, or the reason why this layer can have low-rank changes only.
+
+    Raises:
+        AdapterError: Its weight is quantised.
+    """
+    if isinstance(module, Quantised):
+        raise AdapterError(
+            f"found a change of {name} that is more than a low-rank pair, and a quantised base; use the base as it was "
+            "before it was quantised"
+        )
+
+
 def wrap(module: nn.Module) -> LoraLayer:
     """The same module, able to hold adapters; it computes what it did before."""
     if isinstance(module, LoraLayer):
@@ -291,8 +304,8 @@ def base_tensor(layer: LoraLayer, name: str) -> Tensor | None:
     """
     if name == "weight" and isinstance(layer, Quantised):
         raise AdapterError(
-            "found a change that is computed with the base's weight, or to be merged into it, and a quantised base; "
-            "use the base as it was before, or plain LoRA without merging"
+            "found a quantised base, whose weights are not to be had exactly; use the base as it was before, or plain "
+            "LoRA without merging"
         )
     tensor = cast("Tensor | None", getattr(layer, name, None))
     if tensor is not None and tensor.device.type == "meta":

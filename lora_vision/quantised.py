@@ -72,15 +72,15 @@ Quantised = QuantisedLinear | QuantisedConv2d
 
 def opened(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight that int8 numbers [O, ...] and their scales [O, 1, ...] stand for."""
-    return numbers.to(dtype).mul_(scale.to(dtype))
+    return numbers.to(dtype, copy=True).mul_(scale.to(dtype))
 
 
 @torch.no_grad()
 def quantise(model: nn.Module) -> list[str]:
     """The names of the linear layers and convolutions whose weights are int8 now; they are frozen and lose precision.
 
-    Names of modules and ``isinstance`` stay. Left alone is what has fewer than LEAST channels, and what is no plain
-    layer padded with zeros.
+    Names of modules and ``isinstance`` stay. It is meant for training: what ``save_pretrained`` would write of it does
+    not come back. Left alone is what has fewer than LEAST channels, and what is no plain layer padded with zeros.
     """
     found = []
     for name, module in model.named_modules():
@@ -91,7 +91,9 @@ def quantise(model: nn.Module) -> list[str]:
         if kind is None or not zeros or min(module.weight.shape[:2]) < LEAST:
             continue
         weight = cast(Tensor, module.weight)
-        scale = (weight.flatten(1).abs().amax(1).float().clamp(min=1e-6) / 127).to(weight.dtype)
+        kinds = torch.finfo(weight.dtype)
+        least = kinds.tiny * kinds.eps  # rounds the scale up, never to 0, where fp16 grows coarse
+        scale = (weight.flatten(1).abs().amax(1).float() / 127 + least).to(weight.dtype)
         scale = scale.view(-1, *(1,) * (weight.dim() - 1))
         numbers = (weight.float() / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
         module.__class__ = kind

@@ -18,17 +18,19 @@ _SPARE = 512
 
 
 class Room(NamedTuple):
-    """The memory of one layer's stack, ranks the slow dimension: its downs, and behind all that fit its ups.
+    """How one layer's stack lies in memory: its downs, ranks the slow dimension, and behind all that fit its ups.
+
+    The layer's own buffers alone keep that memory: it goes with them.
 
     Attributes:
-        memory: Flat.
+        place: Device and dtype.
         held: How many ranks fit.
         inner: [I] or [I, K, K].
         strides: Of a down.
         out: O.
     """
 
-    memory: Tensor
+    place: tuple[torch.device, torch.dtype]
     held: int
     inner: tuple[int, ...]
     strides: tuple[int, ...]
@@ -36,7 +38,7 @@ class Room(NamedTuple):
 
     @classmethod
     def of(cls, layer: LoraLayer, width: int, kept: int, number: int) -> Room:
-        """Memory for more ranks than asked, so that the tenth adapter copies itself alone.
+        """Room for more ranks than asked, so that the tenth adapter copies itself alone.
 
         A CPU commits memory only when it is written to, so there the first room is large, and differs with the layer's
         number: no single adapter makes all layers move.
@@ -46,35 +48,52 @@ class Room(NamedTuple):
         if device.type == "cpu" and layer._buffers["lora_down"] is None:
             held = min(width * (12 + number % 8), width + _SPARE)
         strides = tuple(math.prod(inner[axis:]) for axis in range(len(inner) + 1))
-        memory = torch.empty(held * (strides[0] + out), device=device, dtype=dtype)
-        return cls(memory, held, tuple(inner), strides, out)
+        return cls((device, dtype), held, tuple(inner), strides, out)
 
-    def ranks(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Views of some ranks: down [count, I] and up [O, count]."""
+    @property
+    def size(self) -> int:
+        """How many numbers there are."""
+        return self.held * (self.strides[0] + self.out)
+
+    def holds(self, down: Tensor | None) -> bool:
+        """Whether a layer's down still lies here; moving or casting the model gives it memory of its own."""
+        if down is None or (down.device, down.dtype) != self.place:
+            return False
+        return down.untyped_storage().nbytes() == self.size * down.dtype.itemsize
+
+    def ranks(self, memory: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Views of some ranks: down [count, I] and up [O, count].
+
+        Args:
+            memory: Any tensor that lies here.
+            first: The first of them.
+            count: How many.
+        """
         step = self.strides[0]
-        down = self.memory.as_strided((count, *self.inner), self.strides, first * step)
-        return down, self.memory.as_strided((self.out, count), (1, self.out), self.held * step + first * self.out)
+        down = memory.as_strided((count, *self.inner), self.strides, first * step)
+        return down, memory.as_strided((self.out, count), (1, self.out), self.held * step + first * self.out)
 
 
 def widened(layer: LoraLayer, room: Room | None, width: int, kept: int, number: int) -> Room:
-    """The memory of a layer whose stack now has ``width`` ranks, the first ``kept`` of them as they were.
+    """The room of a layer whose stack now has ``width`` ranks, the first ``kept`` of them as they were.
 
     Args:
         layer: Its ``lora_down`` and ``lora_up`` are set.
-        room: Where its stack was, if it had one.
+        room: That of its stack, if it had one.
         width: At least 1.
         kept: How many ranks stay.
         number: The layer's; see ``Room.of``.
     """
-    down, up = layer._buffers["lora_down"], layer._buffers["lora_up"]
-    there = room is not None and down is not None and down.data_ptr() == room.memory.data_ptr()  # no: it was moved
-    if room is not None and down is not None and there and len(down) == width:
+    memory, up = layer._buffers["lora_down"], layer._buffers["lora_up"]
+    there = room is not None and room.holds(memory)
+    if room is not None and memory is not None and there and len(memory) == width:
         return room
-    if room is None or not (there and kept and width <= room.held):
-        room = Room.of(layer, width, kept, number)
-        for new, old, axis in zip(room.ranks(0, kept), (down, up), (0, 1), strict=True):
-            if kept and old is not None:
-                new.copy_(old.narrow(axis, 0, kept))
-    down, up = room.ranks(0, width)
+    if room is None or memory is None or not (there and kept and width <= room.held):
+        room, old = Room.of(layer, width, kept, number), (memory, up)
+        memory = torch.empty(room.size, device=room.place[0], dtype=room.place[1])
+        for new, elder, axis in zip(room.ranks(memory, 0, kept), old, (0, 1), strict=True):
+            if kept and elder is not None:
+                new.copy_(elder.narrow(axis, 0, kept))
+    down, up = room.ranks(memory, 0, width)
     put(layer, lora_down=down, lora_up=up)
     return room

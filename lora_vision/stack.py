@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_vision.errors import AdapterError, BaseModelError
 from lora_vision.factors import Factors, Full, LowRank
 from lora_vision.gains import Bank, Loaded, banks
-from lora_vision.layers import LoraLayer, base_tensor, check_wrappable, place, put, unwrap, wrap
+from lora_vision.layers import LoraLayer, base_tensor, check_exact, check_wrappable, place, put, unwrap, wrap
 from lora_vision.originals import Keep, Originals, add_pairs
 from lora_vision.rooms import Room, widened
 
@@ -73,12 +73,16 @@ class Stack:
             pairs[layer] = pair
             if factors.bias is not None:
                 dense[layer] = Full(bias=factors.bias)
+        for layer in dense:
+            check_exact(layer, self.layers[layer])
         for layer in changes:
             wrap(self.layers[layer])
         self.loaded[name] = Loaded.of(changes, pairs, dense, self._numbers)
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter that neither sounds nor is merged; layers no other adapter uses are plain again."""
+        """Forgets an adapter that is not merged; layers no other adapter uses are plain again."""
+        if name in self.sounding:  # what varies is arranged by the next forward only
+            self.arrange((other for other in self.sounding if other != name), *self._mode)
         gone = self.loaded.pop(name)
         self._parked = ((), {})
         self._originals.drop_idle()
@@ -252,16 +256,17 @@ class Stack:
                 if name not in self._parked[1]:
                     self._rooms.pop(name, None)
                 continue
-            room = self._rooms[name] = widened(
-                self._wrapped(name), self._rooms.get(name), width, at, self._numbers[name]
-            )
+            layer = self._wrapped(name)
+            room = self._rooms[name] = widened(layer, self._rooms.get(name), width, at, self._numbers[name])
+            memory = layer._buffers["lora_down"]
+            assert memory is not None  # widened() has set it
             for loaded, rank in zip(sounding[first:], ranks[first:], strict=True):
                 if rank:
                     pair = loaded.pairs[name]
-                    copies += zip(room.ranks(at, rank), (pair.down, pair.up), strict=True)
+                    copies += zip(room.ranks(memory, at, rank), (pair.down, pair.up), strict=True)
                     at += rank
             if at < width:
-                for spare in room.ranks(at, width - at):
+                for spare in room.ranks(memory, at, width - at):
                     spare.zero_()
         return copies
 

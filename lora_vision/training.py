@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_vision.config import FitConfig
-from lora_vision.devices import average, gather, is_sharded, share_out
+from lora_vision.devices import average, check_whole, gather, is_sharded, share_out
 from lora_vision.optimizers import TrainingError, by_rate, learning_rate, make_optimizer
 from lora_vision.whole import write_whole
 
@@ -167,6 +167,8 @@ class Run:
         if self.sharded:
             share_out(accelerator, job.parameters)
         self.model, self.optimizer = accelerator.prepare(job.loss, optimizer)
+        if self.sharded:
+            check_whole(self.model, job.parameters)
         self.optimizer.train()  # schedule-free wants to be told
         self.mean = [each.detach().clone() for each in job.parameters] if config.ema else None
         if config.resume:

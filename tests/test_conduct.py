@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from kinds import adapter, linear_and_conv, same_state, snapshot
+from models import tiny_unet
 from torch import Tensor
 
 import lora_vision as lv
@@ -56,6 +57,48 @@ def studio(sd1_folder: Path) -> Iterator[Studio]:
 
 def close(one: Tensor, other: Tensor) -> bool:
     return float((one - other).norm() / other.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("way", ["rows", "regions", "dropped"])
+def test_an_adapter_taken_out_while_weights_vary_leaves_the_others_as_they_are(way: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    layers = linear_and_conv(names.index({"unet": unet}))
+    some = {name: layer for name, layer in layers.items() if ".attn1." in name}
+    files: dict[str, str | Path] = {name: tmp_path / f"{name}.safetensors" for name in ("a", "b", "c")}
+    for seed, (name, path) in enumerate(files.items()):
+        lv.save_adapter(adapter(dict(list(some.items())[:3]) if name == "c" else some, seed=seed), path)
+    x, states = torch.randn(2, 4, 16, 16), torch.randn(2, 16, unet.config.cross_attention_dim)
+
+    def answer() -> Tensor:
+        with torch.no_grad():
+            return unet(x, torch.tensor(10), states, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    plain = lv.Blend({"unet": unet})
+    plain.register(files)
+    wanted = {}
+    for name in ("b", "c"):
+        plain.set({name: 1.0})
+        wanted[name] = answer()
+    plain.detach()
+    blend = lv.Blend({"unet": unet}, budget=2 * lv.load_adapter(files["a"]).nbytes)
+    blend.register(files)
+    half = torch.ones(2, 2)
+    half[:, 1] = 0
+    if way == "regions":
+        blend.set({}, regions=[Region({"a": 1.0}, half), Region({"b": 1.0}, 1 - half)])
+    else:
+        blend.set({"a": [1.0, 0.0], "b": [0.0, 1.0]})
+    answer()
+    if way == "dropped":
+        blend.set({"c": [1.0, 1.0]})  # no room for all three
+        assert "a" not in blend.adapters
+        assert torch.allclose(answer(), wanted["c"], atol=1e-6)
+    blend.set({"b": [1.0, 1.0]})
+    if way != "dropped":
+        blend.remove("a")
+    blend.set({"b": 1.0})
+    assert torch.allclose(answer(), wanted["b"], atol=1e-6)
 
 
 def test_schedules_start_and_end_where_they_say() -> None:

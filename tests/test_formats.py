@@ -7,7 +7,10 @@ import hashlib
 import json
 import os
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,8 @@ from lora_vision.errors import AdapterError
 from lora_vision.factors import LowRank
 from lora_vision.files import load_adapter, save_adapter
 from lora_vision.inject import compare
+from lora_vision.tools.account import account
+from lora_vision.tools.resize import Size, resize
 
 KINDS = sorted(every_kind())
 HOLDS = {
@@ -306,6 +311,10 @@ def test_embeddings_bundled_in_every_spelling(tmp_path: Path) -> None:
     assert torch.equal(adapter.extras["embedding.b.text_encoder"], tensors["bundle_emb.b.emb_params"])
     with pytest.raises(AdapterError, match=r"changes no layer, it holds embedding\.a\.text_encoder.*words\.teach"):
         compare(adapter, {"text_encoder.text_projection": nn.Linear(2, 2)}, strict=False)
+    tools: list[Callable[[Adapter], Any]] = [account, partial(resize, size=Size(rank=1))]
+    for tool in tools:
+        with pytest.raises(AdapterError, match="changes no layer"):
+            tool(adapter)
     save_file({**tensors, "bundle_emb.a.emb_params": make.tensor(2, 16)}, tmp_path / "b.safetensors")
     with pytest.raises(AdapterError, match="second embedding of 'a'"):
         load_adapter(tmp_path / "b.safetensors")

@@ -148,8 +148,9 @@ def account(adapter: Adapter, base: Mapping[str, Tensor] | None = None) -> Accou
             (DoRA, IA3) can be counted.
 
     Raises:
-        AdapterError: A change does not fit the base.
+        AdapterError: A change does not fit the base, or there is none.
     """
+    adapter.check_layers()
     layers: dict[str, Layer] = {}
     skipped: dict[str, str] = {}
     with torch.no_grad():

@@ -127,8 +127,9 @@ def resize(adapter: Adapter, size: Size) -> Resized:
     cut and the magnitude kept; biases, norms and (IA)³ stay as they are.
 
     Raises:
-        AdapterError: The size cannot be reached, or the change of a layer is not finite.
+        AdapterError: The size cannot be reached, the change of a layer is not finite, or there is no layer.
     """
+    adapter.check_layers()
     spectra: dict[str, Spectrum] = {}
     with torch.no_grad():
         for name, factors in adapter.layers.items():

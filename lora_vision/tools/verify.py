@@ -92,8 +92,9 @@ def verify(path: str | Path, base: Base | None = None, key: bytes | None = None)
         return Verdict(str(found), [Check("readable", False, str(error).removeprefix(f"{found}: "))])
     seen = inspect(path, scan=True)
     checks.append(Check("finite", not seen.broken, _some(seen.broken, "NaN or infinity in", "every number is finite")))
-    silent = _some(seen.silent, "nothing but zeros in", "every layer changes something")
-    checks.append(Check("alive", None if seen.silent else True, silent))
+    alive = "every layer changes something" if adapter.layers else "it changes no layer"
+    told = _some(seen.silent, "nothing but zeros in", alive)
+    checks.append(Check("alive", True if adapter.layers and not seen.silent else None, told))
     checks.append(_tensors_hash(seen.hashes))
     if base is not None:
         checks += _against(adapter, base)
