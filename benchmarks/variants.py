@@ -110,7 +110,7 @@ def main() -> None:
     rows = []
     for seed in given.seeds:
         for row in given.rows or ROWS:
-            key = {"row": row, "style": given.style, "steps": given.steps, "nouns": given.nouns, "seed": seed}
+            key = {"row": row, "learnt": given.style, "steps": given.steps, "nouns": given.nouns, "seed": seed}
             found = next((each for each in done if key.items() <= each.items()), None)
             if found is None:
                 adapter, told = trained(row, given.style, given.steps, seed, given.work)

@@ -123,7 +123,7 @@ class FitConfig:
 
         Lion's is 3 to 10 times lower (Chen et al. 2023, arXiv 2302.06675, sec. 5); Prodigy's is a multiplier.
         """
-        return {"prodigy": 1.0, "lion": adamw / 3}.get(self.optimizer, adamw)
+        return {"prodigy": 1.0, "lion": adamw / 5}.get(self.optimizer, adamw)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ def test_each_optimizer_has_a_rate_of_its_own_unless_one_is_given() -> None:
     recipe = RECIPES["sd1"]
     config = StyleConfig(data="d", output="o.safetensors")
     found = {name: replace(config, optimizer=name).filled(recipe).learning_rate for name in NAMES}
-    assert found == dict.fromkeys(NAMES, 1e-4) | {"prodigy": 1.0, "lion": 1e-4 / 3}
+    assert found == dict.fromkeys(NAMES, 1e-4) | {"prodigy": 1.0, "lion": 2e-5}
     assert replace(config, optimizer="lion", learning_rate=0.5).filled(recipe).learning_rate == 0.5
 
 
