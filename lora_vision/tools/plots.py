@@ -147,7 +147,7 @@ def bars(values: Mapping[str, Sequence[float]], names: Sequence[str], title: str
         for number, value in enumerate(shares):
             end = left + max(value, 0) / peak * length
             draw.rectangle([left, y + thick * number, end, y + thick * (number + 1) - 3], COLOURS[number])
-            draw.text((end + 6, y + thick * number + 6), f"{value:.2f}", INK, small, anchor="lm")
+            draw.text((end + 6, y + thick * number + 6), f"{value:z.2f}", INK, small, anchor="lm")
     return page
 
 
