@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -225,8 +226,7 @@ def together(
     jobs = {kind: prepared(kind, path, config, batch) for kind in kinds}
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(steps + 1):
-        turn = number % len(kinds)
-        for kind in (*kinds[turn:], *kinds[:turn]):
+        for kind in random.Random(number).sample(kinds, len(kinds)):  # nobody always finds the same one's leavings
             start = time.process_time()
             jobs[kind]()
             found[kind].append(time.process_time() - start)
