@@ -226,8 +226,9 @@ class Blend:
         """Writes sounding adapters into the model's weights: no cost per step any more. Others stay live.
 
         ``set`` still works and rewrites the weights, from the untouched ones each time. They are written in place: what
-        shares their memory, such as a ``state_dict()`` taken before, changes with them. Untouched weights kept in CPU
-        memory stay there after ``restore``, for the next merge, until an adapter is removed.
+        shares their memory, such as a ``state_dict()`` taken before, changes with them, and ``save_pretrained`` saves
+        what is merged. Untouched weights kept in CPU memory stay there after ``restore``, for the next merge, until an
+        adapter is removed.
 
         Args:
             only: Names of the adapters to merge; by default all that sound.
@@ -327,7 +328,9 @@ class Blend:
         check_masks(scene.regions)
         varying = {name for name, values in rows.items() if len(values) > 1} | scene.schedules.keys() | inside
         if stuck := sorted(varying & self._merged.keys()):
-            raise AdapterError(f"{', '.join(stuck)} is merged and cannot vary by row, step or region; restore first")
+            raise AdapterError(
+                f"{', '.join(stuck)} cannot be merged and vary by row, step or region; set one weight, or restore first"
+            )
         full = {name: torch.cat([self._weights(name, weight) for weight in values]) for name, values in rows.items()}
         return self._by_part(full)
 

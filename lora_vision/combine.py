@@ -217,10 +217,10 @@ def _check(adapters: Sequence[tuple[Adapter, float]], how: str, recipe: Recipe) 
         raise AdapterError(f"no way to combine is called {how!r}; choose one of {', '.join(METHODS)}, klora")
     if not adapters:
         raise AdapterError("no adapters to combine; give at least one")
-    if (recipe.rank or 1) < 1 or not 0 < recipe.density <= 1:
-        raise AdapterError(
-            f"rank {recipe.rank} and density {recipe.density}; expected a rank of 1 or more, 0 < density <= 1"
-        )
+    if recipe.rank is not None and recipe.rank < 1:
+        raise AdapterError(f"rank {recipe.rank}; expected 1 or more")
+    if not 0 < recipe.density <= 1:
+        raise AdapterError(f"density {recipe.density}; expected a share above 0, at most 1")
     if any(not math.isfinite(weight) for _, weight in adapters):
         raise AdapterError(f"weights {[weight for _, weight in adapters]}; expected finite numbers")
     if sum(bool(adapter.extras) for adapter, _ in adapters) > 1:

@@ -227,6 +227,8 @@ class StyleConfig(ChangeConfig, FitConfig, ObjectiveConfig, DataConfig):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
         if self.variant in ("loha", "lokr") and self.up_rate != 1:
             raise ValueError(f"--up-rate {self.up_rate}: {self.variant} has no up matrices")
+        if self.optimizer == "prodigy" and self.up_rate != 1:
+            raise ValueError(f"--up-rate {self.up_rate}: prodigy finds one learning rate for all; use adamw")
         if self.variant == "pissa" and self.max_norm:
             raise ValueError(f"--max-norm {self.max_norm}: a pissa change is a difference, which cannot be limited")
         if self.quantise and self.variant not in ("lora", "rslora"):

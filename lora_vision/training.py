@@ -184,6 +184,8 @@ class Run:
         if self.sharded:  # FSDP wants the first forward to be the whole model's, not that of a sample picture
             with torch.no_grad():
                 self.model(self.job.batch(0, 1))
+        if self.done > self.steps:
+            logger.info("%d steps are done already, more than the %d asked for", self.done, self.steps)
         if self.done == 0:
             self._look(sample=bool(config.sample_every))
         with tqdm(total=self.steps, initial=self.done, desc="training", unit="step", disable=quiet) as bar:

@@ -195,8 +195,8 @@ def read_sweeps(texts: Sequence[str]) -> dict[str, list[float]]:
         values = _listed(listed)
         if not name or not values or name in found:
             raise AdapterError(
-                f"--sweep {text}: expected NAME=SCALE,SCALE,... once for each name, as ink=0,0.25,...,1; "
-                "prompts stand before the flag"
+                f"--sweep {text}: expected NAME=SCALE,SCALE,... once for each name, as ink=0,0.25,...,1 with "
+                "steps that reach the end; prompts stand before the flag"
             )
         found[name] = values
     if len(found) > 2:

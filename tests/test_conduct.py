@@ -250,7 +250,7 @@ def test_what_cannot_vary_is_refused(studio: Studio) -> None:
         with pytest.raises(AdapterError, match=says):
             blend.set(wrong, **options)  # type: ignore[arg-type]
     blend.merge()
-    with pytest.raises(AdapterError, match="a is merged and cannot vary"):
+    with pytest.raises(AdapterError, match="a cannot be merged and vary"):
         blend.set({"a": 0.5}, schedule=constant())
     blend.restore()
     assert torch.equal(studio.draw("dot"), look)
