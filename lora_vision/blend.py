@@ -21,7 +21,6 @@ from lora_vision.files import load_adapter
 from lora_vision.inject import LoadReport, compare, refuse_adapted, refuse_unfit
 from lora_vision.layers import check_exact, check_wrappable
 from lora_vision.originals import Keep
-from lora_vision.quantised import Quantised
 from lora_vision.regions import Region, check_masks
 from lora_vision.schedules import Schedule
 from lora_vision.stack import Stack
@@ -138,10 +137,7 @@ class Blend:
         _weights(name, scale, list(report.matched))
         for layer in report.matched:
             check_wrappable(layer, self._layers[layer])
-            if isinstance(self._layers[layer], Quantised):
-                change = adapter.layers[layer]
-                if change.low_rank() is None or change.bias is not None:
-                    check_exact(layer, self._layers[layer])
+            check_exact(layer, self._layers[layer], adapter.layers[layer])
         for part, found in layers.items():
             self._voices[part].stack.add(name, {layer: adapter.layers[layer] for layer in found})
         self._loaded[name], self._bytes[name] = layers, adapter.nbytes

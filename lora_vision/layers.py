@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_vision.errors import AdapterError
+from lora_vision.factors import Factors
 from lora_vision.quantised import Quantised, QuantisedConv2d, QuantisedLinear
 
 STATE: tuple[str, ...] = ("lora_down", "lora_up", "lora_gain", "lora_rows")
@@ -235,13 +236,13 @@ def check_wrappable(name: str, module: nn.Module) -> None:
         raise AdapterError(f"the forward of {name} was replaced by {forward!r}; undo that before adapting the layer")
 
 
-def check_exact(name: str, module: nn.Module) -> None:
-    """Nothing, or the reason why this layer can have low-rank changes only.
+def check_exact(name: str, module: nn.Module, change: Factors) -> None:
+    """Nothing, or the reason why this layer cannot have this change.
 
     Raises:
-        AdapterError: Its weight is quantised.
+        AdapterError: Its weight is quantised, and the change is more than a low-rank pair.
     """
-    if isinstance(module, Quantised):
+    if isinstance(module, Quantised) and (change.low_rank() is None or change.bias is not None):
         raise AdapterError(
             f"found a change of {name} that is more than a low-rank pair, and a quantised base; use the base as it was "
             "before it was quantised"

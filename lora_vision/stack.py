@@ -74,7 +74,7 @@ class Stack:
             if factors.bias is not None:
                 dense[layer] = Full(bias=factors.bias)
         for layer in dense:
-            check_exact(layer, self.layers[layer])
+            check_exact(layer, self.layers[layer], changes[layer])
         for layer in changes:
             wrap(self.layers[layer])
         self.loaded[name] = Loaded.of(changes, pairs, dense, self._numbers)
