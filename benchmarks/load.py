@@ -4,7 +4,8 @@
 
 Stable Diffusion 1.5's configuration with unset weights; rank 16 on the 264 layers that kohya's trainer takes by default
 (attention, feed-forward and projections of the UNet, attention and MLP of the text encoder): 38 MB, 792 tensors. The
-floor is what cannot be avoided: map the file, parse its keys, copy the tensors to where they stay.
+floor is: map the file, parse its keys, copy the tensors to where they stay. Our layers copy in their next forward; that
+is timed apart (all layers made to do it at once), and added in the last ratio.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import lora_vision as lv
 from lora_vision import names
 from lora_vision.adapter import Adapter
 from lora_vision.factors import LowRank
+from lora_vision.layers import LoraLayer
 
 
 def parts(dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -112,10 +114,13 @@ def main() -> None:
             path = lv.save_adapter(found, Path(folder) / f"{name}.safetensors", format=options.format)
             peer = seconds(lambda p=path, n=name: pipe.load_lora_weights(folder, weight_name=p.name, adapter_name=n))
             mine = seconds(lambda p=path, n=name: blend.load(p, name=n))
+            wrapped = [layer for layer in names.index(ours).values() if isinstance(layer, LoraLayer)]
+            later = seconds(lambda w=wrapped: [layer.stacked() for layer in w])
             least = seconds(lambda p=path: floor(p, kept))
             sys.stdout.write(
                 f"adapter {number + 1}: diffusers {peer:.3f} s, lora_vision {mine:.4f} s (1/{peer / mine:.0f}), "
-                f"floor {least:.4f} s (x {mine / least:.1f}); {path.stat().st_size / 1e6:.0f} MB, {len(found.layers)}\n"
+                f"floor {least:.4f} s (x {mine / least:.1f}); copied later in {later:.4f} s (with that x "
+                f"{(mine + later) / least:.1f}); {path.stat().st_size / 1e6:.0f} MB, {len(found.layers)} layers\n"
             )
             sys.stdout.flush()
 

@@ -132,7 +132,7 @@ def _bank(
     sparse: bool,
 ) -> Bank:
     layers = list(numbered.values())
-    widths = [down.shape[0] for layer in layers if (down := layer._buffers["lora_down"]) is not None]
+    widths = [layer.lora_held.width if layer.lora_wanted is None else layer.lora_wanted.width for layer in layers]
     *starts, end = accumulate(widths, initial=0)
     free = torch.full((count,), -(1 << 40))  # where the next rank of each layer goes; below zero: into another bank
     free[torch.tensor(list(numbered))] = torch.tensor(starts)

@@ -39,6 +39,8 @@ class LoraLayer(nn.Module):
         lora_dense, lora_dense_bias: Dense changes [D, *weight] and [D, O] that differ between rows, or None.
         lora_share: How much of each dense change each row takes [G, D], or None.
         lora_trained: What is trained instead of a plain pair (``trained.Trained``), or None.
+        lora_wanted: What the stack shall hold from the next forward on (``rooms.Wanted``), or None: it holds that.
+        lora_held: What it holds, and how it lies in memory (``rooms.Held``), or None.
     """
 
     weight: Any  # Parameter, or Parameter | None: the base classes differ
@@ -54,11 +56,22 @@ class LoraLayer(nn.Module):
     lora_dense_bias: Tensor | None
     lora_share: Tensor | None
     lora_trained: Any  # nn.Module | None
+    lora_wanted: Any
+    lora_held: Any
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: factors and gains without the memory around them that they are views of."""
+        self.stacked()
         held = {name: None if buffer is None else buffer.clone() for name, buffer in self._buffers.items()}
-        return {**self.__dict__, "_buffers": held}
+        return {**self.__dict__, "_buffers": held, "lora_held": None}
+
+    def stacked(self) -> tuple[Tensor | None, Tensor | None]:
+        """Down and up of what sounds; copied together first, if that was left for later."""
+        if self.lora_wanted is not None:
+            if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+                return cast("tuple[Tensor | None, Tensor | None]", self.lora_wanted.joined(self))
+            self.lora_wanted.settle(self)
+        return self.lora_down, self.lora_up
 
     def _effective(self) -> tuple[Tensor, Tensor | None]:
         weight = self.weight if self.lora_weight is None else self.lora_weight
@@ -84,7 +97,7 @@ class LoraLinear(LoraLayer, nn.Linear):
     """A linear layer with adapters. Input [B, T, I] or [B, I], output [B, T, O] or [B, O]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        down, up, gain = self.lora_down, self.lora_up, self.lora_gain
+        (down, up), gain = self.stacked(), self.lora_gain
         if down is None or up is None:
             y = self._plain(input) if self.lora_trained is None else self.lora_trained(self, input)
         elif gain is None:
@@ -122,7 +135,7 @@ class LoraConv2d(LoraLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor
-        down, up, gain = self.lora_down, self.lora_up, self.lora_gain
+        (down, up), gain = self.stacked(), self.lora_gain
         if down is None or up is None:
             y = self._plain(input) if self.lora_trained is None else self.lora_trained(self, input)
         elif gain is None:
@@ -152,7 +165,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight if self.lora_weight is None else self.lora_weight
         y = self._look_up(input, weight)
-        down, up, gain = self.lora_down, self.lora_up, self.lora_gain
+        (down, up), gain = self.stacked(), self.lora_gain
         if down is not None and up is not None:
             rank = F.embedding(input, up)
             if gain is None:
@@ -255,7 +268,9 @@ def wrap(module: nn.Module) -> LoraLayer:
         return module
     _change_class(module, WRAPPED[type(module)])
     layer = cast(LoraLayer, module)
-    layer.__dict__.update(lora_alpha=0.0, lora_trained=None)  # Module.__setattr__ is ten times as slow
+    layer.__dict__.update(
+        lora_alpha=0.0, lora_trained=None, lora_wanted=None, lora_held=None
+    )  # Module.__setattr__ is ten times as slow
     layer._buffers.update(dict.fromkeys(STATE))
     layer._non_persistent_buffers_set.update(STATE)
     return layer
@@ -270,7 +285,7 @@ def unwrap(layer: LoraLayer) -> nn.Module:
         layer._non_persistent_buffers_set.discard(name)
         for hook in hooks:
             hook.original_devices.pop(name, None)
-    del layer.lora_alpha, layer.lora_trained
+    del layer.lora_alpha, layer.lora_trained, layer.lora_wanted, layer.lora_held
     _change_class(layer, _BASE[type(layer)])
     return layer
 

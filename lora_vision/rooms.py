@@ -1,16 +1,21 @@
 """The memory that a layer's stacked factors lie in, with room for more: the tenth adapter copies itself alone.
 
+On a CPU factors are copied there by the layer's next forward, out of the mapped file: reading them from the disk and
+touching new memory is nine tenths of what loading would cost, and what never sounds is never copied.
+
 Shapes: O/I/R and K as in layers.py.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_vision.factors import LowRank
 from lora_vision.layers import LoraLayer, place, put
 
 _SPARE = 512
@@ -44,7 +49,7 @@ class Room(NamedTuple):
         number: no single adapter makes all layers move.
         """
         (device, dtype), (out, *inner) = place(layer), layer.weight.shape
-        held = max(width, 2 * kept)  # what stays may grow again
+        held = max(width, 2 * kept)  # what has grown may grow again
         if device.type == "cpu" and layer._buffers["lora_down"] is None:
             held = min(width * (12 + number % 8), width + _SPARE)
         strides = tuple(math.prod(inner[axis:]) for axis in range(len(inner) + 1))
@@ -74,26 +79,71 @@ class Room(NamedTuple):
         return down, memory.as_strided((self.out, count), (1, self.out), self.held * step + first * self.out)
 
 
-def widened(layer: LoraLayer, room: Room | None, width: int, kept: int, number: int) -> Room:
-    """The room of a layer whose stack now has ``width`` ranks, the first ``kept`` of them as they were.
+class Held(NamedTuple):
+    """What a layer's stack holds.
 
-    Args:
-        layer: Its ``lora_down`` and ``lora_up`` are set.
-        room: That of its stack, if it had one.
-        width: At least 1.
-        kept: How many ranks stay.
+    Attributes:
+        pairs: The factors, in this order.
+        width: R; ranks behind those of the pairs are zero.
+        room: How it lies in memory.
+    """
+
+    pairs: tuple[LowRank, ...]
+    width: int
+    room: Room
+
+
+class Wanted(NamedTuple):
+    """What a layer's stack shall hold.
+
+    Attributes:
+        pairs: The factors, in this order.
+        width: R, at least the sum of their ranks.
         number: The layer's; see ``Room.of``.
     """
-    memory, up = layer._buffers["lora_down"], layer._buffers["lora_up"]
-    there = room is not None and room.holds(memory)
-    if room is not None and memory is not None and there and len(memory) == width:
-        return room
-    if room is None or memory is None or not (there and kept and width <= room.held):
-        room, old = Room.of(layer, width, kept, number), (memory, up)
-        memory = torch.empty(room.size, device=room.place[0], dtype=room.place[1])
-        for new, elder, axis in zip(room.ranks(memory, 0, kept), old, (0, 1), strict=True):
-            if kept and elder is not None:
-                new.copy_(elder.narrow(axis, 0, kept))
-    down, up = room.ranks(memory, 0, width)
-    put(layer, lora_down=down, lora_up=up)
-    return room
+
+    pairs: tuple[LowRank, ...]
+    width: int
+    number: int
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def settle(self, layer: LoraLayer) -> None:
+        """Makes it so; what stays at the front of the stack is not copied again."""
+        held: Held | None = None
+        if self.width:
+            held = self._filled(layer)
+        else:
+            put(layer, lora_down=None, lora_up=None)
+        layer.__dict__.update(lora_held=held, lora_wanted=None)  # last: another thread may be at the same layer
+
+    def joined(self, layer: LoraLayer) -> tuple[Tensor, Tensor]:
+        """The same as new tensors, for compilers, under which no layer may change: down [R, I] and up [O, R]."""
+        (device, dtype), inner = place(layer), layer.weight.shape[1:]
+        downs, ups = [p.down.reshape(-1, *inner) for p in self.pairs], [p.up.flatten(1) for p in self.pairs]
+        return torch.cat(downs).to(device, dtype), torch.cat(ups, 1).to(device, dtype)
+
+    def _filled(self, layer: LoraLayer) -> Held:
+        """What the layer's stack holds, after it was made."""
+        before: Held = layer.lora_held or Held((), 0, Room.of(layer, 0, 0, 0))
+        same = [one is other for one, other in zip(before.pairs, self.pairs, strict=False)]
+        same = list(takewhile(bool, same))
+        at = kept = sum(pair.rank for pair in self.pairs[: len(same)])
+        memory, up = layer._buffers["lora_down"], layer._buffers["lora_up"]
+        room, grows = before.room, self.width > before.width
+        fits = self.width == before.width or (grows and kept and self.width <= room.held)
+        if memory is None or not (fits and room.holds(memory)):
+            room, old = Room.of(layer, self.width, kept * grows, self.number), (memory, up)
+            memory = torch.empty(room.size, device=room.place[0], dtype=room.place[1])
+            for new, elder, axis in zip(room.ranks(memory, 0, kept), old, (0, 1), strict=True):
+                if kept and elder is not None:
+                    new.copy_(elder.narrow(axis, 0, kept))
+        for pair in self.pairs[len(same) :]:
+            for there, factor in zip(room.ranks(memory, at, pair.rank), (pair.down, pair.up), strict=True):
+                there.copy_(factor if factor.shape == there.shape else factor.reshape(there.shape))
+            at += pair.rank
+        for spare in room.ranks(memory, at, self.width - at) if at < self.width else ():
+            spare.zero_()
+        down, up = room.ranks(memory, 0, self.width)
+        put(layer, lora_down=down, lora_up=up)
+        return Held(self.pairs, self.width, room)

@@ -19,7 +19,7 @@ from lora_vision.factors import Factors, Full, LowRank
 from lora_vision.gains import Bank, Loaded, banks
 from lora_vision.layers import LoraLayer, base_tensor, check_exact, check_wrappable, place, put, unwrap, wrap
 from lora_vision.originals import Keep, Originals, add_pairs
-from lora_vision.rooms import Room, widened
+from lora_vision.rooms import Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +42,12 @@ class Stack:
         self._banks: list[Bank] = []
         self._mode = (1, False)
         self._originals = Originals()
-        self._parked: tuple[tuple[str, ...], dict[str, tuple[Tensor | None, Tensor | None]]] = ((), {})
         self._numbers = {name: number for number, name in enumerate(layers)}
-        self._rooms: dict[str, Room] = {}
         for name in self._reserve:
             check_wrappable(name, layers[name])
         for name in self._reserve:
             wrap(layers[name])
-        self._restack(self._reserve)
+            self._want(name)
         self._banks = self._filed()
 
     def add(self, name: str, changes: Mapping[str, Factors]) -> None:
@@ -84,12 +82,13 @@ class Stack:
         if name in self.sounding:  # what varies is arranged by the next forward only
             self.arrange((other for other in self.sounding if other != name), *self._mode)
         gone = self.loaded.pop(name)
-        self._parked = ((), {})
         self._originals.drop_idle()
         used = {layer for other in self.loaded.values() for layer in other.columns} | self._reserve.keys()
-        for layer in gone.columns.keys() - used:
-            unwrap(self._wrapped(layer))
-            self._rooms.pop(layer, None)
+        for layer in gone.columns:
+            if layer in used:
+                self._wrapped(layer).stacked()  # or its factors would stay in memory until the next forward
+            else:
+                unwrap(self._wrapped(layer))
 
     def apply(self, weights: Mapping[str, Tensor]) -> None:
         """Lets exactly these adapters sound, at these weights [G, L] (float32, CPU); zeros are silent."""
@@ -112,16 +111,11 @@ class Stack:
         self.sounding = (*(name for name in before if name in wanted), *sorted(wanted.keys() - set(before)))
         changed = set(before) ^ set(self.sounding)
         known = [self.loaded[name] for name in changed if name in self.loaded]
-        appended = self.sounding[: len(before)] == before
         if changed:
             self._grow()
-            copies: list[tuple[Tensor, Tensor]] = []
-            if not self._unpark(before):
-                self._park(before)
-                moved = {layer: None for loaded in known for layer in loaded.pairs}
-                copies = self._restack(moved, len(before) if appended else 0)
+            for layer in {layer: None for loaded in known for layer in loaded.pairs}:
+                self._want(layer)
             self._banks = self._filed()
-            _copy(copies)  # last, because it drives all else out of the processor's caches
         restless = known if mode == self._mode else self.loaded.values()
         for layer in {layer for loaded in restless for layer in loaded.dense}:
             self._arrange_dense(layer)
@@ -192,13 +186,11 @@ class Stack:
         if not self._originals.forgotten:
             self.restore()
         self.sounding, self._banks, self.merged, self._reserve = (), [], {}, {}
-        self._parked = ((), {})
         for name in list(self.loaded):
             self.remove(name)
         for layer in self.layers.values():
             if isinstance(layer, LoraLayer):
                 unwrap(layer)
-        self._rooms.clear()
 
     def _wrapped(self, layer: str) -> LoraLayer:
         module = self.layers[layer]
@@ -222,53 +214,16 @@ class Stack:
             logger.warning(message, name, needed, self._reserve[name])
             self._reserve.update(wider)
 
-    def _park(self, before: tuple[str, ...]) -> None:
-        """Keeps the stack when all that sounded goes into the weights: ``restore`` then copies no factors."""
-        self._parked = ((), {})
-        if before and not self.sounding and not self._reserve and self.merged.keys() >= set(before):
-            names = {name for adapter in before for name in self.loaded[adapter].ranks}
-            stacks = {name: (self._wrapped(name).lora_down, self._wrapped(name).lora_up) for name in names}
-            self._parked = (before, stacks)
-
-    def _unpark(self, before: tuple[str, ...]) -> bool:
-        """Whether the kept stack is what should sound now; then it is back in place."""
-        parked, stacks = self._parked
-        if before or not parked or set(parked) != set(self.sounding):
-            return False
-        at = {name: None if down is None else (down.device, down.dtype) for name, (down, _) in stacks.items()}
-        if any(place(self._wrapped(name)) != where for name, where in at.items()):
-            return False
-        self.sounding, self._parked = parked, ((), {})
-        for name, (down, up) in stacks.items():
-            put(self._wrapped(name), lora_down=down, lora_up=up)
-        return True
-
-    @torch.no_grad()
-    def _restack(self, names: Iterable[str], first: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """Makes these layers' stacks as wide as what sounds; returns (place, factor) of adapters from the first on."""
-        sounding = [self.loaded[adapter] for adapter in self.sounding]
-        copies: list[tuple[Tensor, Tensor]] = []
-        for name in names:
-            ranks = [loaded.ranks.get(name, 0) for loaded in sounding]
-            at, width = sum(ranks[:first]), max(sum(ranks), self._reserve.get(name, 0))
-            if not width:
-                put(self._wrapped(name), lora_down=None, lora_up=None, lora_gain=None, lora_rows=None)
-                if name not in self._parked[1]:
-                    self._rooms.pop(name, None)
-                continue
-            layer = self._wrapped(name)
-            room = self._rooms[name] = widened(layer, self._rooms.get(name), width, at, self._numbers[name])
-            memory = layer._buffers["lora_down"]
-            assert memory is not None  # widened() has set it
-            for loaded, rank in zip(sounding[first:], ranks[first:], strict=True):
-                if rank:
-                    pair = loaded.pairs[name]
-                    copies += zip(room.ranks(memory, at, rank), (pair.down, pair.up), strict=True)
-                    at += rank
-            if at < width:
-                for spare in room.ranks(memory, at, width - at):
-                    spare.zero_()
-        return copies
+    def _want(self, name: str) -> None:
+        """Tells a layer what its stack shall hold now."""
+        layer, number = self._wrapped(name), self._numbers[name]
+        pairs = tuple(self.loaded[a].pairs[name] for a in self.sounding if name in self.loaded[a].pairs)
+        wanted = Wanted(pairs, max(sum(pair.rank for pair in pairs), self._reserve.get(name, 0)), number)
+        if not wanted.width:
+            put(layer, lora_gain=None, lora_rows=None)
+        layer.__dict__["lora_wanted"] = wanted  # Module.__setattr__ is ten times as slow
+        if not wanted.width or name in self._reserve or place(layer)[0].type != "cpu":
+            wanted.settle(layer)
 
     def _filed(self) -> list[Bank]:
         stacked = {name: None for a in self.sounding for name in self.loaded[a].ranks} | dict.fromkeys(self._reserve)
@@ -354,11 +309,3 @@ class Stack:
             add_pairs(layer.weight.data if weight is None else weight, pairs)
         if weight is not None:
             layer.weight.data.copy_(weight)
-
-
-def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
-    """Copies factors to their places, which have the same numbers in the same order."""
-    if copies:
-        places = [place for place, _ in copies]
-        alike = [f if f.shape == place.shape else f.reshape(place.shape) for place, f in copies]
-        torch._foreach_copy_(places, alike)

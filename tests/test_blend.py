@@ -102,10 +102,10 @@ def test_only_what_sounds_is_in_the_stack(job: Blended) -> None:
     layer = next(iter(job.layers.values()))
     assert isinstance(layer, LoraLayer)
     job.blend.set({"a1": 1.0})
-    assert layer.lora_down is not None and len(layer.lora_down) == 3
+    assert len(layer.stacked()[0]) == 3  # type: ignore
     alone = job.look()
     job.blend.set({"a1": 1.0, "a3": 0.5, "a0": 0.0})
-    assert layer.lora_down is not None and len(layer.lora_down) == 6
+    assert len(layer.stacked()[0]) == 6  # type: ignore
     job.blend.set({"a1": 1.0})
     assert torch.equal(job.look(), alone)
 
@@ -114,11 +114,11 @@ def test_changing_weights_moves_only_numbers(job: Blended) -> None:
     job.load("a"), job.load("b", seed=1)
     layer = next(iter(job.layers.values()))
     job.blend.set({"a": 0.5, "b": 0.5})
-    held = (layer.lora_down, layer.lora_up, layer.lora_gain)
+    held = (*layer.stacked(), layer.lora_gain)
     pointers = [t.data_ptr() for t in held if isinstance(t, Tensor)]
     first = job.look()
     job.blend.set({"a": 0.2, "b": -2.0})
-    assert [t.data_ptr() for t in (layer.lora_down, layer.lora_up, layer.lora_gain)] == pointers  # type: ignore
+    assert [t.data_ptr() for t in (*layer.stacked(), layer.lora_gain)] == pointers  # type: ignore
     assert not close(job.look(), first)
 
 
@@ -244,11 +244,12 @@ def test_remove_frees_layers_and_memory(job: Blended) -> None:
     job.blend.set({"small": 1.0})
     alone = job.look()
     job.blend.set({"small": 1.0, "big": 1.0})
+    assert not close(job.look(), alone)
     job.blend.remove("big")
-    wrapped = {name for name, layer in names.index(job.parts).items() if isinstance(layer, LoraLayer)}
-    assert wrapped == set(some) and torch.equal(job.look(), alone)
     held = sum(layer.lora_down.untyped_storage().nbytes() for layer in some.values())  # type: ignore  # ups lie behind
     assert held == adapter(some).nbytes
+    wrapped = {name for name, layer in names.index(job.parts).items() if isinstance(layer, LoraLayer)}
+    assert wrapped == set(some) and torch.equal(job.look(), alone)
 
 
 def test_moving_and_casting_the_model_keeps_the_blend(job: Blended) -> None:

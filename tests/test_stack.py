@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -94,16 +95,16 @@ def test_rows_read_only_the_ranks_they_take() -> None:
 
 
 @torch.no_grad()
-def test_restore_copies_no_factors_and_merging_moves_no_weight() -> None:
+def test_merging_moves_no_weight_and_restoring_brings_the_stack_back() -> None:
     net = Net()
     weights = net.weights(*PLACES)
     net.stack.apply(weights)
-    stacks = net.places("lora_down")
+    assert net.is_sum(weights)
     net.stack.merge(weights), net.stack.apply({})
     assert net.is_sum(weights) and all(layer.lora_down is None for layer in net.layers.values())
     merged = net.places("weight")
     net.stack.merge({}), net.stack.apply(weights)
-    assert net.untouched() and net.is_sum(weights) and net.places("lora_down") == stacks
+    assert net.untouched() and net.is_sum(weights)
     net.stack.merge(weights), net.stack.apply({})
     assert net.is_sum(weights) and net.places("weight") == merged
     fewer = net.weights("c")
@@ -119,7 +120,7 @@ def test_a_tenth_adapter_moves_no_other_and_a_copy_takes_no_spare_room() -> None
     for count in range(1, 21):
         stack.add(f"a{count:02}", {name: LowRank(torch.randn(4, 64), torch.randn(64, 4), 4.0) for name in layers})
         stack.apply({name: torch.ones(1, 8) for name in stack.loaded})
-        held.append([layer.lora_down.data_ptr() for layer in layers.values()])
+        held.append([layer.stacked()[0].data_ptr() for layer in layers.values()])
         assert layers["l3"].lora_up.shape == (64, 4 * count)
     moved = [sum(one != other for one, other in pairwise(places)) for places in zip(*held, strict=True)]
     assert held[0] == held[9] and all(moved) and max(moved) == 1
@@ -129,6 +130,61 @@ def test_a_tenth_adapter_moves_no_other_and_a_copy_takes_no_spare_room() -> None
     assert torch.allclose(layers["l3"](x), F.linear(x, expected, layers["l3"].bias), atol=1e-3)
     alone = copy.deepcopy(layers["l3"])
     assert torch.equal(alone(x), layers["l3"](x)) and alone.lora_down.untyped_storage().nbytes() == 64 * 80 * 4
+
+
+class Small(nn.Module):
+    """One layer of each kind that holds pairs, in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.l, self.c = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Conv2d(1, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.l(self.e(x))[:, None])
+
+
+@pytest.mark.parametrize("how", ["compiled", "traced", "copied", "pickled", "inference", "called alone", "cast"])
+def test_factors_that_wait_for_the_next_forward_are_never_missed(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = Small(), torch.randint(0, 10, (2, 6))
+    layers: dict[str, nn.Module] = dict(model.named_children())
+    stack = Stack(layers)
+    expected = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    for rank in (2, 3):
+        changes = {}
+        for name, layer in layers.items():
+            out, inner = layer.weight.shape[0], layer.weight.shape[1:]
+            changes[name] = LowRank(torch.randn(rank, *inner), torch.randn(out, rank, *[1] * (len(inner) - 1)), 1.0)
+            expected[name] += changes[name].delta().reshape(expected[name].shape)
+        stack.add(f"a{rank}", changes)
+    stack.apply({name: torch.ones(1, 3) for name in stack.loaded})
+    assert all(layer.lora_down is None for layer in layers.values())  # nothing is copied before it is needed
+    with torch.no_grad():
+        plain = Small()
+        plain.load_state_dict(
+            {f"{n}.{k}": expected[n] if k == "weight" else v for n in layers for k, v in layers[n].state_dict().items()}
+        )
+    wanted = plain(x)
+    with torch.inference_mode(how == "inference"), torch.set_grad_enabled(how not in ("compiled", "inference")):
+        if how == "compiled":
+            found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+        elif how == "traced":
+            found = torch.jit.trace(model, (x,), check_trace=False)(x)
+        elif how == "called alone":
+            found = layers["c"](layers["l"](layers["e"](x))[:, None])
+        elif how == "cast":
+            found = model.double()(x).float()
+        else:
+            found = {"copied": copy.deepcopy, "pickled": lambda m: pickle.loads(pickle.dumps(m))}.get(how, lambda m: m)(
+                model
+            )(x)
+    assert torch.allclose(found, wanted, atol=1e-4)
+    stack.apply({"a2": torch.ones(1, 3)})
+    model.float()(x)
+    stack.apply({name: torch.ones(1, 3) for name in stack.loaded})
+    again = model(x)
+    again.sum().backward()  # what was made while nothing was recorded can be used where it is
+    assert torch.allclose(again, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["in place", "through data", "another memory", "one token"])
