@@ -70,7 +70,8 @@ class Blend:
         Args:
             target: A diffusers pipeline, or its parts: ``{"unet": unet, "text_encoder": encoder}``, ``{"vit": model}``.
             capacity: For ``torch.compile``: room for this many ranks, all sounding adapters together, is made at once
-                in each layer of ``targets``. While adapters stay inside it, nothing recompiles. 0 makes none.
+                in each layer of ``targets``. While adapters stay inside it, nothing recompiles. 0 makes none; a model
+                on a CPU should then be called once before it is compiled, for its layers to stack their factors.
             targets: Where the room is made: named sets and globs, as in LoraConfig.
             budget: Bytes that adapters loaded through ``register`` may take; beyond it silent ones are dropped, the
                 least recently used first, and read again when wanted. None drops nothing.
@@ -117,6 +118,9 @@ class Blend:
         self, source: str | Path | Adapter, name: str | None = None, *, scale: Weight = 1.0, strict: bool = True
     ) -> LoadReport:
         """The load report; the adapter sounds at once, added to what sounds already.
+
+        Its tensors stay in the file until they are used: put another file in its place by renaming, as ``save_adapter``
+        does, instead of writing into it.
 
         Args:
             source: An adapter file or folder of any known format, or an Adapter.
@@ -298,7 +302,7 @@ class Blend:
             stacks[part].merge(merged[part], next(reversed(self._merged.values()), "device"))
         texts = self._retold(regions)
         for part, voice in self._voices.items():
-            weights = local if local and part == "unet" else everywhere[part]
+            weights = local if regions and part == "unet" else everywhere[part]
             live = {name: value for name, value in weights.items() if name not in self._merged}
             if part == "unet":
                 voice.play(live, scene.schedules, regions, texts, self.pipe)

@@ -106,9 +106,9 @@ class Conductor:
 
     def _rows(self, batch: int) -> list[int]:
         """Which row of weights each row of the (repeated) batch takes."""
-        count = max((len(value) for value in self._weights.values()), default=1)
         if self._regions:
-            return [region for region in range(count) for _ in range(batch)]
+            return [region for region in range(len(self._regions)) for _ in range(batch)]
+        count = max((len(value) for value in self._weights.values()), default=1)
         if count == 1:
             return [0]
         copies = 1 + self._guided + self._perturbed if self.part == "unet" else 1

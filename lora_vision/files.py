@@ -45,7 +45,8 @@ _DERIVED = (
 def load_adapter(path: str | Path, *, strict: bool = True, allow_pickle: bool = False) -> Adapter:
     """Returns the adapter in a file or folder of any known format; no model is needed.
 
-    Tensors keep their stored types and stay on disk until used (a private memory map).
+    Tensors keep their stored types and stay on disk until used (a private memory map): while they are, put another
+    file in its place by renaming, as `save_adapter` does, instead of writing into it.
 
     Args:
         path: a `.safetensors` file, or a folder that PEFT or diffusers wrote.

@@ -24,7 +24,6 @@ class Loaded:
         columns: Layer name to its column in the weights [G, L].
         pairs: What is stacked.
         dense: What changes a weight or bias as a whole.
-        ranks: Layer name to the rank of its pair.
         table: For each pair [3, pairs] its layer's number, its rank and its column in the weights.
         unit: For each pair alpha/rank.
     """
@@ -32,7 +31,6 @@ class Loaded:
     columns: Mapping[str, int]
     pairs: Mapping[str, LowRank]
     dense: Mapping[str, Factors]
-    ranks: Mapping[str, int]
     table: Tensor
     unit: Tensor
 
@@ -46,10 +44,10 @@ class Loaded:
     ) -> Loaded:
         """An adapter of these layers; ``numbers`` counts those of the model."""
         columns = {layer: column for column, layer in enumerate(layers)}
-        ranks = {layer: pair.rank for layer, pair in pairs.items()}
-        table = [numbers[layer] for layer in pairs], [*ranks.values()], [columns[layer] for layer in pairs]
+        ranks = [pair.rank for pair in pairs.values()]
+        table = [numbers[layer] for layer in pairs], ranks, [columns[layer] for layer in pairs]
         unit = torch.tensor([pair.scale for pair in pairs.values()])
-        return cls(columns, pairs, dense, ranks, torch.tensor(table, dtype=torch.long), unit)
+        return cls(columns, pairs, dense, torch.tensor(table, dtype=torch.long), unit)
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def _bank(
     sparse: bool,
 ) -> Bank:
     layers = list(numbered.values())
-    widths = [layer.lora_held.width if layer.lora_wanted is None else layer.lora_wanted.width for layer in layers]
+    widths = [layer.lora_width for layer in layers]
     *starts, end = accumulate(widths, initial=0)
     free = torch.full((count,), -(1 << 40))  # where the next rank of each layer goes; below zero: into another bank
     free[torch.tensor(list(numbered))] = torch.tensor(starts)

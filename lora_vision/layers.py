@@ -9,11 +9,12 @@ Shapes: B batch, T tokens, I/O in/out features, R stacked rank, G rows of gains 
 """
 
 from types import MethodType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lora_vision.errors import AdapterError
 from lora_vision.factors import Factors
@@ -31,6 +32,7 @@ class LoraLayer(nn.Module):
 
     Attributes:
         lora_down: Stacked [R, I], convolutions [R, I, K, K], embeddings [R, width]; None when nothing low-rank sounds.
+            What sounds is told by ``stacked`` alone: it may still wait to be copied here.
         lora_up: Stacked [O, R]; embeddings [vocabulary, R].
         lora_gain: What each stacked rank is multiplied by [G, R]: alpha/rank times the user's scale.
         lora_rows: Which ranks each row takes at all [G, S], when that is less than half of them; None for all.
@@ -39,8 +41,8 @@ class LoraLayer(nn.Module):
         lora_dense, lora_dense_bias: Dense changes [D, *weight] and [D, O] that differ between rows, or None.
         lora_share: How much of each dense change each row takes [G, D], or None.
         lora_trained: What is trained instead of a plain pair (``trained.Trained``), or None.
-        lora_wanted: What the stack shall hold from the next forward on (``rooms.Wanted``), or None: it holds that.
-        lora_held: What it holds, and how it lies in memory (``rooms.Held``), or None.
+        lora_wanted: What shall be in the stack (``rooms.Wanted``) from the next forward on, or None if it is there.
+        lora_held: What is in the stack and how it lies in memory (``rooms.Held``), or None.
     """
 
     weight: Any  # Parameter, or Parameter | None: the base classes differ
@@ -67,11 +69,25 @@ class LoraLayer(nn.Module):
 
     def stacked(self) -> tuple[Tensor | None, Tensor | None]:
         """Down and up of what sounds; copied together first, if that was left for later."""
-        if self.lora_wanted is not None:
-            if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-                return cast("tuple[Tensor | None, Tensor | None]", self.lora_wanted.joined(self))
-            self.lora_wanted.settle(self)
+        wanted = self.lora_wanted  # once: another thread may be settling it
+        if wanted is not None:
+            if _is_recorded():
+                return cast("tuple[Tensor, Tensor]", wanted.joined(self))
+            wanted.settle(self)
         return self.lora_down, self.lora_up
+
+    @property
+    def lora_width(self) -> int:
+        """R, of what ``stacked`` gives."""
+        if self.lora_wanted is not None:
+            return cast(int, self.lora_wanted.width)
+        return 0 if self.lora_down is None else len(self.lora_down)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.lora_wanted is not None and place(self)[0].type != "cpu":
+            self.lora_wanted.settle(self)  # or a compiled model would bring the factors there in every call
+        return self
 
     def _effective(self) -> tuple[Tensor, Tensor | None]:
         weight = self.weight if self.lora_weight is None else self.lora_weight
@@ -348,6 +364,13 @@ def _change_class(module: nn.Module, to: type[nn.Module]) -> None:
     module.__class__ = to
 
 
+def _is_recorded() -> bool:
+    """Whether operations are recorded or transformed now, instead of just run: then no layer may change."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return True
+    return is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _scaled(rank: Tensor, gain: Tensor) -> Tensor:
     return rank * gain if rank.requires_grad else rank.mul_(gain)
 
@@ -370,8 +393,8 @@ def _own_ranks(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor, row
 def _accumulated_conv(y: Tensor, rank: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
     """y [B, O, H, W] + scale · up [O, R] applied to rank [B, R, H, W], written into y where possible."""
     if y.is_contiguous():
-        flat, right = y.flatten(2), rank.flatten(2)
-        left = up.expand(y.shape[0], -1, -1)
+        flat, right = y.flatten(2), rank.flatten(2).to(y.dtype)
+        left = up.to(y.dtype).expand(y.shape[0], -1, -1)
         if y.requires_grad or rank.requires_grad or up.requires_grad:
             return torch.baddbmm(flat, left, right, alpha=scale).view(y.shape)
         flat.baddbmm_(left, right, alpha=scale)

@@ -1,7 +1,7 @@
 """The memory that a layer's stacked factors lie in, with room for more: the tenth adapter copies itself alone.
 
-On a CPU factors are copied there by the layer's next forward, out of the mapped file: reading them from the disk and
-touching new memory is nine tenths of what loading would cost, and what never sounds is never copied.
+On a CPU the layer's next forward copies them there, from the mapped file if they come from one: touching new memory is
+most of what loading would cost. Where ranks are reserved, and on other devices, they are copied at once.
 
 Shapes: O/I/R and K as in layers.py.
 """
@@ -106,44 +106,49 @@ class Wanted(NamedTuple):
     width: int
     number: int
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def settle(self, layer: LoraLayer) -> None:
         """Makes it so; what stays at the front of the stack is not copied again."""
-        held: Held | None = None
-        if self.width:
+        with torch.inference_mode(False), torch.no_grad():
             held = self._filled(layer)
-        else:
-            put(layer, lora_down=None, lora_up=None)
         layer.__dict__.update(lora_held=held, lora_wanted=None)  # last: another thread may be at the same layer
 
     def joined(self, layer: LoraLayer) -> tuple[Tensor, Tensor]:
-        """The same as new tensors, for compilers, under which no layer may change: down [R, I] and up [O, R]."""
+        """The pairs as new tensors, down [R, I] and up [O, R]; for compilers, under which no layer may change."""
         (device, dtype), inner = place(layer), layer.weight.shape[1:]
         downs, ups = [p.down.reshape(-1, *inner) for p in self.pairs], [p.up.flatten(1) for p in self.pairs]
         return torch.cat(downs).to(device, dtype), torch.cat(ups, 1).to(device, dtype)
 
     def _filled(self, layer: LoraLayer) -> Held:
-        """What the layer's stack holds, after it was made."""
+        """What is in the layer's stack, after it was put there."""
         before: Held = layer.lora_held or Held((), 0, Room.of(layer, 0, 0, 0))
         same = [one is other for one, other in zip(before.pairs, self.pairs, strict=False)]
         same = list(takewhile(bool, same))
         at = kept = sum(pair.rank for pair in self.pairs[: len(same)])
-        memory, up = layer._buffers["lora_down"], layer._buffers["lora_up"]
-        room, grows = before.room, self.width > before.width
-        fits = self.width == before.width or (grows and kept and self.width <= room.held)
+        memory, room = layer._buffers["lora_down"], before.room
+        fits = self.width == before.width or (kept and self.width <= room.held)
         if memory is None or not (fits and room.holds(memory)):
-            room, old = Room.of(layer, self.width, kept * grows, self.number), (memory, up)
+            room, old = Room.of(layer, self.width, kept, self.number), (memory, layer._buffers["lora_up"])
             memory = torch.empty(room.size, device=room.place[0], dtype=room.place[1])
             for new, elder, axis in zip(room.ranks(memory, 0, kept), old, (0, 1), strict=True):
                 if kept and elder is not None:
                     new.copy_(elder.narrow(axis, 0, kept))
+        places: list[Tensor] = []
+        factors: list[Tensor] = []
         for pair in self.pairs[len(same) :]:
-            for there, factor in zip(room.ranks(memory, at, pair.rank), (pair.down, pair.up), strict=True):
-                there.copy_(factor if factor.shape == there.shape else factor.reshape(there.shape))
+            places += room.ranks(memory, at, pair.rank)
+            factors += pair.down, pair.up
             at += pair.rank
+        if places:
+            alike = [f if f.shape == p.shape else f.reshape(p.shape) for f, p in zip(factors, places, strict=True)]
+            torch._foreach_copy_(places, alike)
         for spare in room.ranks(memory, at, self.width - at) if at < self.width else ():
             spare.zero_()
         down, up = room.ranks(memory, 0, self.width)
         put(layer, lora_down=down, lora_up=up)
         return Held(self.pairs, self.width, room)
+
+
+def empty(layer: LoraLayer) -> None:
+    """Gives the memory of a layer's stack back; what shall be in it is copied anew."""
+    put(layer, lora_down=None, lora_up=None)
+    layer.__dict__["lora_held"] = None

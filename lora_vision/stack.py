@@ -1,7 +1,8 @@
 """Several adapters in one model's layers: what sounds is stacked, silent ones wait beside and cost nothing.
 
-A change of what sounds copies factors into the stack; a change of weights alone writes numbers into one flat tensor of
-gains, which the layers see as views. Merging writes the same sum into the weights and keeps the untouched ones.
+A change of what sounds tells the layers, which copy factors into their stacks (see rooms.py); a change of weights alone
+writes numbers into one flat tensor of gains, which the layers see as views. Merging writes the same sum into the
+weights and keeps the untouched ones.
 
 Shapes: G rows of weights (1, or one for each row of the batch), L layers of one adapter, O/I/R as in layers.py.
 """
@@ -19,7 +20,7 @@ from lora_vision.factors import Factors, Full, LowRank
 from lora_vision.gains import Bank, Loaded, banks
 from lora_vision.layers import LoraLayer, base_tensor, check_exact, check_wrappable, place, put, unwrap, wrap
 from lora_vision.originals import Keep, Originals, add_pairs
-from lora_vision.rooms import Wanted
+from lora_vision.rooms import Wanted, empty
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +85,11 @@ class Stack:
         gone = self.loaded.pop(name)
         self._originals.drop_idle()
         used = {layer for other in self.loaded.values() for layer in other.columns} | self._reserve.keys()
-        for layer in gone.columns:
-            if layer in used:
-                self._wrapped(layer).stacked()  # or its factors would stay in memory until the next forward
-            else:
-                unwrap(self._wrapped(layer))
+        for layer in gone.columns.keys() - used:
+            unwrap(self._wrapped(layer))
+        for layer in gone.pairs.keys() & used:
+            if (held := self._wrapped(layer).lora_held) and any(pair is gone.pairs[layer] for pair in held.pairs):
+                empty(self._wrapped(layer))
 
     def apply(self, weights: Mapping[str, Tensor]) -> None:
         """Lets exactly these adapters sound, at these weights [G, L] (float32, CPU); zeros are silent."""
@@ -97,9 +98,10 @@ class Stack:
         self.arrange(weights, rows)
         self.write(weights)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def arrange(self, sounding: Iterable[str], rows: int = 1, fluid: bool = False) -> None:
-        """Puts the factors of these adapters into the stack; a weight for each must be written next.
+        """Tells the layers to stack these adapters' factors; a weight for each must be written next.
 
         Args:
             sounding: Adapter names; those that did not sound before are appended to the stack.
@@ -120,6 +122,7 @@ class Stack:
         for layer in {layer for loaded in restless for layer in loaded.dense}:
             self._arrange_dense(layer)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def write(self, weights: Mapping[str, Tensor]) -> None:
         """Sets the weights [G, L] of the sounding adapters: numbers only, no weight moves, nothing recompiles."""
@@ -186,8 +189,8 @@ class Stack:
         if not self._originals.forgotten:
             self.restore()
         self.sounding, self._banks, self.merged, self._reserve = (), [], {}, {}
-        for name in list(self.loaded):
-            self.remove(name)
+        self.loaded.clear()
+        self._originals.drop_idle()
         for layer in self.layers.values():
             if isinstance(layer, LoraLayer):
                 unwrap(layer)
@@ -219,14 +222,16 @@ class Stack:
         layer, number = self._wrapped(name), self._numbers[name]
         pairs = tuple(self.loaded[a].pairs[name] for a in self.sounding if name in self.loaded[a].pairs)
         wanted = Wanted(pairs, max(sum(pair.rank for pair in pairs), self._reserve.get(name, 0)), number)
+        if layer.lora_held is not None and wanted.width < layer.lora_held.width:
+            empty(layer)  # what fell silent takes no memory
         if not wanted.width:
             put(layer, lora_gain=None, lora_rows=None)
-        layer.__dict__["lora_wanted"] = wanted  # Module.__setattr__ is ten times as slow
-        if not wanted.width or name in self._reserve or place(layer)[0].type != "cpu":
+        layer.__dict__["lora_wanted"] = wanted if wanted.width else None  # not as slow as Module.__setattr__
+        if name in self._reserve or (wanted.width and place(layer)[0].type != "cpu"):
             wanted.settle(layer)
 
     def _filed(self) -> list[Bank]:
-        stacked = {name: None for a in self.sounding for name in self.loaded[a].ranks} | dict.fromkeys(self._reserve)
+        stacked = {name: None for a in self.sounding for name in self.loaded[a].pairs} | dict.fromkeys(self._reserve)
         layers = {self._numbers[name]: self._wrapped(name) for name in stacked}
         sounding = [self.loaded[a] for a in self.sounding]
         return banks(layers, sounding, self._mode[0], self._banks, sparse=not self._reserve)

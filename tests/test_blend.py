@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from collections.abc import Iterator
@@ -246,10 +247,35 @@ def test_remove_frees_layers_and_memory(job: Blended) -> None:
     job.blend.set({"small": 1.0, "big": 1.0})
     assert not close(job.look(), alone)
     job.blend.remove("big")
-    held = sum(layer.lora_down.untyped_storage().nbytes() for layer in some.values())  # type: ignore  # ups lie behind
-    assert held == adapter(some).nbytes
+    assert all(layer.lora_down is None for layer in some.values())  # what is left is copied anew when it is needed
     wrapped = {name for name, layer in names.index(job.parts).items() if isinstance(layer, LoraLayer)}
     assert wrapped == set(some) and torch.equal(job.look(), alone)
+
+
+def test_what_falls_silent_takes_no_memory_and_what_never_sounds_none(job: Blended) -> None:
+    for name, rank in (("big", 8), ("small", 5), ("silent", 2)):
+        job.blend.load(adapter(job.layers, rank=rank), name)
+    job.blend.set({"big": 1.0, "small": 1.0})
+    job.look()
+    job.blend.set({"small": 1.0})
+    layers = [layer for layer in job.layers.values() if isinstance(layer, LoraLayer)]
+    assert layers and all(layer.lora_down is None for layer in layers)
+    job.blend.remove("silent")
+    assert all(layer.lora_down is None for layer in layers)
+    job.look()
+    assert all(len(layer.lora_down) == 5 for layer in layers if layer.lora_down is not None)
+
+
+def test_a_copied_blend_goes_on_by_itself(job: Blended) -> None:
+    job.load("a"), job.load("b", seed=1)
+    job.blend.set({"a": 1.0})
+    alone = job.look()
+    other = copy.deepcopy(job)
+    for each in (job, other):
+        each.blend.set({"a": 1.0, "b": 0.5})
+    assert torch.equal(other.look(), job.look())
+    other.blend.set({"a": 1.0})
+    assert torch.equal(other.look(), alone) and not close(job.look(), alone)
 
 
 def test_moving_and_casting_the_model_keeps_the_blend(job: Blended) -> None:

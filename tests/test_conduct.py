@@ -223,6 +223,28 @@ def test_regions_average_the_predictions_of_their_blends(studio: Studio) -> None
     assert close(unet(x, t, states).sample, ones[1])
 
 
+def test_regions_without_adapters_are_the_base(studio: Studio) -> None:
+    base = studio.draw("dot")
+    left = torch.zeros(4, 4)
+    left[:, :2] = 1
+    for scales in ({}, {"a": 0.0}):
+        studio.blend.set({}, regions=[Region(scales, left), Region(scales, 1 - left)])
+        assert close(studio.draw("dot"), base)
+    layers = linear_and_conv(names.index({"unet": studio.pipe.unet}))
+    studio.blend.detach()
+    studio.blend = lv.Blend(studio.pipe, capacity=4)
+    studio.blend.load(adapter(layers, seed=1), "a", scale=0.0)
+    studio.blend.set({"a": 0.7}, regions=[Region({}, torch.ones(4, 4))])
+    assert close(studio.draw("dot"), base)
+
+
+def test_what_varies_may_begin_in_inference_mode(studio: Studio) -> None:
+    studio.blend.set({"a": [0.5, -0.2], "b": [0.0, 0.7]})
+    with torch.inference_mode():
+        first = studio.draw("dot", "line")
+    assert close(studio.draw("dot", "line"), first.clone())
+
+
 def test_a_region_may_have_its_own_prompt(studio: Studio) -> None:
     everywhere = torch.ones(4, 4)
     studio.blend.set({"a": 0.5})

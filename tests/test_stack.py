@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lora_vision.errors import AdapterError
@@ -143,7 +144,9 @@ class Small(nn.Module):
         return self.c(self.l(self.e(x))[:, None])
 
 
-@pytest.mark.parametrize("how", ["compiled", "traced", "copied", "pickled", "inference", "called alone", "cast"])
+@pytest.mark.parametrize(
+    "how", ["compiled", "traced", "copied", "pickled", "inference", "called alone", "cast", "faked", "vmapped"]
+)
 def test_factors_that_wait_for_the_next_forward_are_never_missed(how: str) -> None:
     torch.manual_seed(0)
     model, x = Small(), torch.randint(0, 10, (2, 6))
@@ -172,6 +175,12 @@ def test_factors_that_wait_for_the_next_forward_are_never_missed(how: str) -> No
             found = torch.jit.trace(model, (x,), check_trace=False)(x)
         elif how == "called alone":
             found = layers["c"](layers["l"](layers["e"](x))[:, None])
+        elif how == "faked":
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model(x)
+            found = model(x)
+        elif how == "vmapped":
+            found = torch.func.vmap(model)(x[None])[0]
         elif how == "cast":
             found = model.double()(x).float()
         else:
@@ -185,6 +194,18 @@ def test_factors_that_wait_for_the_next_forward_are_never_missed(how: str) -> No
     again = model(x)
     again.sum().backward()  # what was made while nothing was recorded can be used where it is
     assert torch.allclose(again, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_a_convolution_may_run_under_autocast(memory: torch.memory_format) -> None:
+    net = Net()
+    net.stack.apply(net.weights("a"))
+    layer, x = net.layers["conv"], net.inputs["conv"].contiguous(memory_format=memory)
+    plain = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), plain, rtol=0.05, atol=0.2)
 
 
 @pytest.mark.parametrize("how", ["in place", "through data", "another memory", "one token"])
