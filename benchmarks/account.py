@@ -10,8 +10,8 @@ For each pair, both at full weight: what ``compare`` foretells, and what the jud
 loss of style accuracy, from what the adapter reaches alone, on every second noun (two halves) and on all. A subject
 adapter has no style: the pair's measured loss is the mean over its styles.
 
-What is foretold: ``fight``, one number of a pair from the weights; ``moved``, with the base, a number for each of the
-two (``clash.py``); for a pair the mean over its styles, as the measured loss is.
+What is foretold: ``fight``, one number of a pair from the weights; ``foretold``, with the base, a number for each of
+the two (``clash.py``, on other prompts and noise); for a pair the mean over its styles, as the measured loss is.
 
 Then rank correlations of each with the measured loss: over styles with a partner, all pairs, pairs of two styles, and
 every choice of two of the styles with the subject. Beside them the ceiling: the two halves of the measurement with each
@@ -42,7 +42,7 @@ from lora_vision.report import inspect
 from lora_vision.tiny.subjects import caption
 from lora_vision.tools import page, places
 from lora_vision.tools.account import account
-from lora_vision.tools.clash import moved
+from lora_vision.tools.clash import lost
 from lora_vision.tools.commands import prompts_of
 from lora_vision.tools.compare import compare
 from lora_vision.tools.trials import Trials, patterns, trials
@@ -133,26 +133,26 @@ def pairs(studio: Studio, styles: list[str]) -> dict[str, dict[str, Any]]:
         judged = [name for name in pair if name in styles]
         if not judged:
             continue
-        two = [studio.adapters[name] for name in pair]
-        base, own = load_base(studio.base), {name: prompts_of(studio.adapters[name].metadata) for name in pair}
-        felt = dict(zip(pair, moved(base, dict(zip(pair, two, strict=True)), own), strict=True))
+        two = {name: studio.adapters[name] for name in pair}
+        prompts = {name: prompts_of(adapter.metadata, 12) for name, adapter in two.items()}
+        foretold = dict(zip(pair, lost(load_base(studio.base), two, prompts), strict=True))
         both = (" + ".join(pair), dict.fromkeys(pair, 1.0))
-        lost = {}
+        measured = {}
         for name in judged:
             gone = studio.hits(f"{name} whole", {name: 1.0}, name) - studio.hits(*both, name)
             losses = (float(part.mean()) for part in (gone, gone[::2], gone[1::2]))
             alone = studio.called(f"{name} whole", {name: 1.0}, name)
-            lost[name] = {"alone": alone, "moved": felt[name], **dict(zip(LOSSES, losses, strict=True))}
+            measured[name] = {"alone": alone, "foretold": foretold[name], **dict(zip(LOSSES, losses, strict=True))}
         found[both[0]] = {
-            "fight": compare(*two).fight,
-            **{key: sum(each[key] for each in lost.values()) / len(lost) for key in ("moved", *LOSSES)},
-            "styles": lost,
+            "fight": compare(*two.values()).fight,
+            **{key: sum(e[key] for e in measured.values()) / len(measured) for key in ("foretold", *LOSSES)},
+            "styles": measured,
         }
         print(json.dumps({both[0]: found[both[0]]}), file=sys.stderr, flush=True)
     return found
 
 
-def foretold(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+def correlations(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The rank correlation of each prediction with the measured loss, and of its halves with each other."""
     every = list(found.values())
     two = [pair for pair in every if len(pair["styles"]) == 2]
@@ -170,7 +170,7 @@ def foretold(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
             "halves": rank_correlation(*([row[half] for row in rows] for half in LOSSES[1:])),
             **{
                 key: rank_correlation([row[key] for row in rows], [row["loss"] for row in rows])
-                for key in ("fight", "moved")
+                for key in ("fight", "foretold")
                 if key in rows[0]
             },
         }
@@ -217,7 +217,7 @@ def main() -> None:
     studio = Studio(options.base, options.work, files, options.nouns, options.seed, options.steps)
     report: dict[str, Any] = {"blocks": places.blocks(n for a in studio.adapters.values() for n in a.layers)}
     report["pairs"] = pairs(studio, [*styles, *others])
-    report["rank correlations"] = foretold(report["pairs"])
+    report["rank correlations"] = correlations(report["pairs"])
     for style in () if options.only_pairs else styles:
         found = told_by_report(styles[style], options.base, options.picture and options.picture.parent)
         report[style] = carriers(studio, style, found, options.rivals)

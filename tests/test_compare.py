@@ -18,7 +18,7 @@ from lora_vision.adapter import Adapter
 from lora_vision.base import RECIPES, load_base
 from lora_vision.factors import LowRank
 from lora_vision.tools import places
-from lora_vision.tools.clash import moved
+from lora_vision.tools.clash import lost, nearest
 from lora_vision.tools.compare import Comparison, compare
 
 Run = Callable[..., Any]
@@ -116,25 +116,35 @@ def test_other_bases_and_missing_bases_are_told() -> None:
     assert compare(dora, dora, {LINEAR: make.tensor(16, 16)}).cosine == pytest.approx(1, abs=1e-5)
 
 
-def test_a_base_feels_the_other_as_much_as_it_changes_the_predictions(
+def test_a_class_is_told_by_what_differs_most_from_its_own_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    loud = torch.randn(30, 1, dtype=torch.float64, generator=generator) * torch.tensor([9.0, 9.0, 0.0])
+    means = torch.tensor([[0.0, 0, 0], [1, -1, 0], [0, 0, 1]], dtype=torch.float64)  # across what varies, and beside it
+    noise = 0.1 * torch.randn(3, 30, 3, dtype=torch.float64, generator=generator)
+    classes = [mean + loud + some for mean, some in zip(means, noise, strict=True)]
+    for number, some in enumerate(classes):
+        assert (nearest(classes, some + 0.1 * means[1]) == number).double().mean() > 0.95
+
+
+def test_pictures_drawn_with_both_tell_whose_look_is_lost(
     lora_vision: Run, sd1_folder: Path, sd1_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], sample_steps=2))
     base = load_base(sd1_folder)
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
     ink = _load(sd1_adapters[0])
-    prompts = {"ink": ["a fox"], "other": ["an owl"]}
+    prompts = ["a fox", "an owl", "a house", "a tree", "a cat", "a car"]
 
     def other(scale: float) -> list[float]:
         layers = {name: LowRank(f.down, scale * f.up, f.alpha) for name, f in ink.layers.items()}
-        return moved(base, {"ink": ink, "other": Adapter(layers)}, prompts)
+        return lost(base, {"ink": ink, "other": Adapter(layers)}, {"ink": prompts, "other": prompts[:4]})
 
-    assert other(-1.0) == pytest.approx([1, 1], rel=1e-4), "its opposite undoes all of it"
-    assert other(1e-3)[0] < 0.02 < 1 < other(1e-3)[1], "a faint one is not felt, and drowns"
+    assert other(-1.0) == [1, 1], "its opposite undoes all of it"
+    assert other(1e-4)[0] == 0, "a faint one takes nothing away"
     assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
     told = lora_vision("compare", *sd1_adapters, "--base", sd1_folder, "--json")
     assert told.code == 0, told.err
-    assert len(told.json["moved"]) == 2 and all(value > 0.01 for value in told.json["moved"])
+    assert len(told.json["lost"]) == 2 and all(0 <= value <= 1 for value in told.json["lost"])
 
 
 def test_the_command_draws_it(lora_vision: Run, tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from lora_vision.errors import LoraVisionError
 from lora_vision.tools import settings as s
 from lora_vision.whole import check_place, write_whole
 
+PLAIN = "fox house tree cat guitar bicycle castle rocket rose car horse lion"
+"""What is drawn with adapters that do not say what they were trained on."""
+
 if TYPE_CHECKING:
     from lora_vision.base import Base
 
@@ -117,7 +120,7 @@ def compare(config: s.CompareConfig) -> tuple[str, Any]:
     from lora_vision.base import load_base
     from lora_vision.files import load_adapter
     from lora_vision.samples import png
-    from lora_vision.tools.clash import moved
+    from lora_vision.tools.clash import lost
     from lora_vision.tools.compare import compare
 
     if config.picture is not None:
@@ -128,8 +131,9 @@ def compare(config: s.CompareConfig) -> tuple[str, Any]:
     else:
         base = load_base(config.base, config=config.base_config)
         found = compare(pair["a"], pair["b"], _weights(base))
-        first, second = moved(_to_gpu(base), pair, {name: prompts_of(one.metadata) for name, one in pair.items()})
-        found = replace(found, moved=(first, second))
+        prompts = {name: prompts_of(adapter.metadata, 12) for name, adapter in pair.items()}
+        first, second = lost(_to_gpu(base), pair, prompts)
+        found = replace(found, lost=(first, second))
     data = {"a": config.a, "b": config.b, **found.to_dict()}
     if config.picture is None or not found.layers:
         return str(found), data
@@ -169,7 +173,7 @@ def prompts_of(metadata: Mapping[str, str], count: int = 4) -> tuple[str, ...]:
         captions = [str(text) for tags in json.loads(metadata["ss_tag_frequency"]).values() for text in tags]
     except (KeyError, ValueError, AttributeError, TypeError):
         captions = []
-    captions = captions or ["a fox", "a house", "a tree", "a ship"]
+    captions = captions or [f"a {noun}" for noun in PLAIN.split()]
     return tuple(dict.fromkeys(captions[at * len(captions) // count] for at in range(count)))
 
 

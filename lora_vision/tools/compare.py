@@ -20,9 +20,9 @@ from lora_vision.factors import Factors
 from lora_vision.spectrum import Spectrum, spectrum
 from lora_vision.tools import places, plots
 
-_FELT = (
-    "in the base's predictions, with both at 1: the first is moved by {:.2f} of its own effect, the second by {:.2f} "
-    "(0: the other is not felt; the one that is moved more mostly gives way)"
+_LOST = (
+    "drawn with both at 1: {:.0%} of the pictures have lost the first's look, {:.0%} the second's (told by a linear "
+    "discriminant between pictures drawn with none and with each alone)"
 )
 
 
@@ -65,7 +65,7 @@ class Comparison:
         only_b: Only the second.
         size_a: Norm of the whole first adapter (its layers that can be compared).
         size_b: Of the second.
-        moved: How far each is moved by the other in a base's predictions (see clash.py), where a base was asked.
+        lost: For each the share of pictures drawn with both that do not have its look (see clash.py), if a base drew.
     """
 
     layers: Mapping[str, Meeting]
@@ -73,7 +73,7 @@ class Comparison:
     only_b: int
     size_a: float
     size_b: float
-    moved: tuple[float, float] | None = None
+    lost: tuple[float, float] | None = None
 
     def _mean(self, of: Callable[[Meeting], float]) -> float:
         """A mean over layers, each counted by how much both change it; layers of one adapter count as zero."""
@@ -105,7 +105,7 @@ class Comparison:
         """All numbers as plain values, for JSON."""
         return {
             "fight": self.fight,
-            "moved": None if self.moved is None else list(self.moved),
+            "lost": None if self.lost is None else list(self.lost),
             "cosine": self.cosine,
             "sizes": [self.size_a, self.size_b],
             "balance": list(self.balance),
@@ -115,16 +115,16 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        felt = [] if self.moved is None else [_FELT.format(*self.moved)]
+        lost = [] if self.lost is None else [_LOST.format(*self.lost)]
         if not self.layers:
             alone = f"no layer in common ({self.only_a} and {self.only_b} of their own): their weights do not meet"
-            return "\n".join([alone, *felt])
+            return "\n".join([alone, *lost])
         weights = self.balance
         lines = [
             f"fight {self.fight:.3f} (0: they do not meet, 1: other things to the same features, 2: they cancel)",
             f"cosine {self.cosine:+.3f}, sizes {self.size_a:.3g} and {self.size_b:.3g}: "
             f"equally large at weights {weights[0]:.2f} and {weights[1]:.2f}",
-            *felt,
+            *lost,
             f"{len(self.layers)} layers in common, {self.only_a} and {self.only_b} of their own; worst:",
         ]
         for name in self.worst():

@@ -144,41 +144,28 @@ class _Studio:
         return self.blocks, plain
 
 
-class Watch:
-    """While it is on, `asked` hears of every UNet call and may ask the UNet the same again."""
+class _Differences:
+    """While it is on, keeps the difference of every prediction from the base's own, which is asked for the same."""
 
     def __init__(self, unet: nn.Module, blend: Blend) -> None:
         self.unet, self.blend, self.busy = unet, blend, False
+        self.found: dict[int, list[tuple[float, float, Tensor]]] = {}
 
     def __enter__(self) -> Self:
-        self.handle = self.unet.register_forward_hook(self.after, with_kwargs=True)
+        self.handle = self.unet.register_forward_hook(self._after, with_kwargs=True)
         return self
 
     def __exit__(self, *problem: object) -> None:
         self.handle.remove()
 
-    def after(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The hook; questions of its own are not followed by others."""
-        if not self.busy:
-            self.busy = True
-            self.asked(args, kwargs, output)
-            self.busy = False
-
-    def asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """What is done about a call and its output."""
-
-
-class _Differences(Watch):
-    """Keeps the difference of every prediction from the base's own."""
-
-    def __init__(self, unet: nn.Module, blend: Blend) -> None:
-        super().__init__(unet, blend)
-        self.found: dict[int, list[tuple[float, float, Tensor]]] = {}
-
-    def asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Compares a prediction with the base's own; guidance's other half, which has no prompt, is left out."""
+        if self.busy:  # this is the base's own
+            return
+        self.busy = True
         with self.blend.using({}):
-            silent = self.unet(*args, **kwargs)
+            silent = unet(*args, **kwargs)
+        self.busy = False
         mine, plain = (each[0].float().cpu() for each in (output, silent))
         mine, plain = mine[len(mine) // 2 :], plain[len(plain) // 2 :]
         time = int(torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]).flatten()[0])
