@@ -17,7 +17,6 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from lora_vision import __version__
-from lora_vision.base import load_base
 from lora_vision.blend import Blend, Weight
 from lora_vision.config import GenerateConfig
 from lora_vision.errors import DataError, LoraVisionError
@@ -94,6 +93,8 @@ class Studio:
         self.adapters = {voice.name: load_adapter(voice.file) for voice in self.voices}
         self.plans = (*config.schedule, config.how) if config.how in SHARED else config.schedule
         self.schedules = {tuple(self.adapters): read_schedules(self.plans, self.adapters)}
+        from lora_vision.base import load_base  # takes seconds: what is misspelt above is told before
+
         cuda = torch.cuda.is_available()
         precision = config.precision if config.precision != "auto" else "fp16" if cuda else "fp32"
         base = load_base(config.base, config=config.base_config)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_vision.base import Base
 from lora_vision.sheet import sheet
 from lora_vision.whole import write_whole
+
+if TYPE_CHECKING:
+    from lora_vision.base import Base
 
 PIXELS_AT_ONCE = 4 * 512 * 512
 
