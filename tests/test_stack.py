@@ -144,6 +144,7 @@ class Small(nn.Module):
         return self.c(self.l(self.e(x))[:, None])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Converting a tensor")
 @pytest.mark.parametrize(
     "how", ["compiled", "traced", "copied", "pickled", "inference", "called alone", "cast", "faked", "vmapped"]
 )
