@@ -85,7 +85,7 @@ class LoraLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.lora_wanted is not None and place(self)[0].type != "cpu":
+        if self.lora_wanted is not None and place(self)[0].type not in ("cpu", "meta"):
             self.lora_wanted.settle(self)  # or a compiled model would bring the factors there in every call
         return self
 

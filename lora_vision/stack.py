@@ -222,7 +222,7 @@ class Stack:
         layer, number = self._wrapped(name), self._numbers[name]
         pairs = tuple(self.loaded[a].pairs[name] for a in self.sounding if name in self.loaded[a].pairs)
         wanted = Wanted(pairs, max(sum(pair.rank for pair in pairs), self._reserve.get(name, 0)), number)
-        if layer.lora_held is not None and wanted.width < layer.lora_held.width:
+        if (down := layer._buffers["lora_down"]) is not None and wanted.width < len(down):
             empty(layer)  # what fell silent takes no memory
         if not wanted.width:
             put(layer, lora_gain=None, lora_rows=None)

@@ -276,6 +276,9 @@ def test_a_copied_blend_goes_on_by_itself(job: Blended) -> None:
     assert torch.equal(other.look(), job.look())
     other.blend.set({"a": 1.0})
     assert torch.equal(other.look(), alone) and not close(job.look(), alone)
+    other.blend.set({})
+    layers = [layer for layer in other.layers.values() if isinstance(layer, LoraLayer)]
+    assert torch.equal(other.look(), other.base) and all(layer.lora_down is None for layer in layers)
 
 
 def test_moving_and_casting_the_model_keeps_the_blend(job: Blended) -> None:

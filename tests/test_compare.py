@@ -135,16 +135,22 @@ def test_pictures_drawn_with_both_tell_whose_look_is_lost(
     ink = _load(sd1_adapters[0])
     prompts = ["a fox", "an owl", "a house", "a tree", "a cat", "a car"]
 
-    def other(scale: float) -> list[float]:
-        layers = {name: LowRank(f.down, scale * f.up, f.alpha) for name, f in ink.layers.items()}
-        return lost(base, {"ink": ink, "other": Adapter(layers)}, {"ink": prompts, "other": prompts[:4]})
+    def other(scale: float) -> list[float | None]:
+        return lost(base, {"ink": ink, "other": _scaled(ink, scale)}, {"ink": prompts, "other": prompts[:4]})
 
     assert other(-1.0) == [1, 1], "its opposite undoes all of it"
-    assert other(1e-4)[0] == 0, "a faint one takes nothing away"
+    assert other(1e-9) == [0, None], "one that does nothing takes nothing away, and has no look"
+    assert other(1.0) == [None, None], "the same twice cannot be told apart"
+    prompts = ["a fox"]
+    assert all(share is not None and share > 0.5 for share in other(-1.0)), "one caption is drawn several times"
     assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
     told = lora_vision("compare", *sd1_adapters, "--base", sd1_folder, "--json")
     assert told.code == 0, told.err
-    assert len(told.json["lost"]) == 2 and all(0 <= value <= 1 for value in told.json["lost"])
+    assert len(told.json["lost"]) == 2 and all(value is None or 0 <= value <= 1 for value in told.json["lost"])
+
+
+def _scaled(adapter: Adapter, scale: float) -> Adapter:
+    return Adapter({name: LowRank(f.down, scale * f.up, f.alpha) for name, f in adapter.layers.items()})
 
 
 def test_the_command_draws_it(lora_vision: Run, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from lora_vision.errors import LoraVisionError
 from lora_vision.tools import settings as s
 from lora_vision.whole import check_place, write_whole
 
-PLAIN = "fox house tree cat guitar bicycle castle rocket rose car horse lion"
-"""What is drawn with adapters that do not say what they were trained on."""
-
 if TYPE_CHECKING:
     from lora_vision.base import Base
+
+PLAIN = "fox house tree cat guitar bicycle castle rocket rose car horse lion"
+"""What is drawn with adapters that do not say what they were trained on."""
 
 
 def _dtype(name: str | None) -> Any:
@@ -117,10 +117,8 @@ def bake(config: s.BakeConfig) -> tuple[str, Any]:
 
 def compare(config: s.CompareConfig) -> tuple[str, Any]:
     """How two adapters agree, and how much they will fight."""
-    from lora_vision.base import load_base
     from lora_vision.files import load_adapter
     from lora_vision.samples import png
-    from lora_vision.tools.clash import lost
     from lora_vision.tools.compare import compare
 
     if config.picture is not None:
@@ -129,8 +127,13 @@ def compare(config: s.CompareConfig) -> tuple[str, Any]:
     if config.base is None:
         found = compare(pair["a"], pair["b"])
     else:
+        from lora_vision.base import load_base
+        from lora_vision.tools.clash import lost
+        from lora_vision.words import teach
+
         base = load_base(config.base, config=config.base_config)
         found = compare(pair["a"], pair["b"], _weights(base))
+        teach(base.parts, base.tokenizers, pair.values())
         prompts = {name: prompts_of(adapter.metadata, 12) for name, adapter in pair.items()}
         first, second = lost(_to_gpu(base), pair, prompts)
         found = replace(found, lost=(first, second))
@@ -160,7 +163,9 @@ def report(config: s.ReportConfig) -> tuple[str, Any]:
     counted = account(adapter, None if base is None else _weights(base))
     if base is not None:
         from lora_vision.tools.trials import trials
+        from lora_vision.words import teach
 
+        teach(base.parts, base.tokenizers, [adapter])
         found = trials(_to_gpu(base), adapter, config.prompts or prompts_of(adapter.metadata), config.seed)
     file = page.write(folder, inspection, counted, found, config.base)
     data = {"page": file, "account": counted.to_dict(), **({} if found is None else {"trials": found.to_dict()})}

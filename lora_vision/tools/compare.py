@@ -20,11 +20,6 @@ from lora_vision.factors import Factors
 from lora_vision.spectrum import Spectrum, spectrum
 from lora_vision.tools import places, plots
 
-_LOST = (
-    "drawn with both at 1: {:.0%} of the pictures have lost the first's look, {:.0%} the second's (told by a linear "
-    "discriminant between pictures drawn with none and with each alone)"
-)
-
 
 @dataclass(frozen=True)
 class Meeting:
@@ -65,7 +60,8 @@ class Comparison:
         only_b: Only the second.
         size_a: Norm of the whole first adapter (its layers that can be compared).
         size_b: Of the second.
-        lost: For each the share of pictures drawn with both that do not have its look (see clash.py), if a base drew.
+        lost: For each the share of pictures drawn with both that do not have its look, or None where that cannot be
+            told (see clash.py); None where no base was asked.
     """
 
     layers: Mapping[str, Meeting]
@@ -73,7 +69,7 @@ class Comparison:
     only_b: int
     size_a: float
     size_b: float
-    lost: tuple[float, float] | None = None
+    lost: tuple[float | None, float | None] | None = None
 
     def _mean(self, of: Callable[[Meeting], float]) -> float:
         """A mean over layers, each counted by how much both change it; layers of one adapter count as zero."""
@@ -115,7 +111,7 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        lost = [] if self.lost is None else [_LOST.format(*self.lost)]
+        lost = [] if self.lost is None else [_survival(*self.lost)]
         if not self.layers:
             alone = f"no layer in common ({self.only_a} and {self.only_b} of their own): their weights do not meet"
             return "\n".join([alone, *lost])
@@ -177,6 +173,16 @@ def compare(a: Adapter, b: Adapter, base: Mapping[str, Tensor] | None = None) ->
         layers = {name: _meet(name, spectra[0][name], spectra[1][name]) for name in both}
     sizes = [math.hypot(*(found.norm for found in side.values())) for side in spectra]
     return Comparison(layers, len(spectra[0]) - len(both), len(spectra[1]) - len(both), sizes[0], sizes[1])
+
+
+def _survival(first: float | None, second: float | None) -> str:
+    """What is said of the looks that are lost."""
+    shares = {"the first's": first, "the second's": second}
+    told = [
+        f"{whose} look cannot be told from the others'" if share is None else f"{share:.0%} have lost {whose} look"
+        for whose, share in shares.items()
+    ]
+    return f"of pictures drawn with both at 1, {', '.join(told)} (a picture has one look)"
 
 
 def _spectra(adapter: Adapter, base: Mapping[str, Tensor]) -> dict[str, Spectrum]:

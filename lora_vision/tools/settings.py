@@ -103,8 +103,8 @@ class CompareConfig:
     picture: str | None = None
     """Also draw it, into this PNG file."""
     base: str | None = None
-    """Also ask this base how far each moves the other: tiny, a folder, a checkpoint or a Hub id. DoRA and IA3, which
-    multiply its weights, can only be compared with it."""
+    """Also draw with this base (8 sets of 12 pictures), and say whose look survives: tiny, a folder, a checkpoint or a
+    Hub id. DoRA and IA3, which multiply its weights, can only be compared with it."""
     base_config: str | None = None
     """For a single checkpoint without network: a diffusers folder of the same kind of model."""
 
