@@ -284,9 +284,8 @@ def wrap(module: nn.Module) -> LoraLayer:
         return module
     _change_class(module, WRAPPED[type(module)])
     layer = cast(LoraLayer, module)
-    layer.__dict__.update(
-        lora_alpha=0.0, lora_trained=None, lora_wanted=None, lora_held=None
-    )  # Module.__setattr__ is ten times as slow
+    plain: dict[str, Any] = {"lora_alpha": 0.0, "lora_trained": None, "lora_wanted": None, "lora_held": None}
+    layer.__dict__.update(plain)  # Module.__setattr__ is ten times as slow
     layer._buffers.update(dict.fromkeys(STATE))
     layer._non_persistent_buffers_set.update(STATE)
     return layer

@@ -121,9 +121,9 @@ class Wanted(NamedTuple):
     def _filled(self, layer: LoraLayer) -> Held:
         """What is in the layer's stack, after it was put there."""
         before: Held = layer.lora_held or Held((), 0, Room.of(layer, 0, 0, 0))
-        same = [one is other for one, other in zip(before.pairs, self.pairs, strict=False)]
-        same = list(takewhile(bool, same))
-        at = kept = sum(pair.rank for pair in self.pairs[: len(same)])
+        alike = (one is other for one, other in zip(before.pairs, self.pairs, strict=False))
+        same = len(list(takewhile(bool, alike)))
+        at = kept = sum(pair.rank for pair in self.pairs[:same])
         memory, room = layer._buffers["lora_down"], before.room
         fits = self.width == before.width or (kept and self.width <= room.held)
         if memory is None or not (fits and room.holds(memory)):
@@ -134,13 +134,13 @@ class Wanted(NamedTuple):
                     new.copy_(elder.narrow(axis, 0, kept))
         places: list[Tensor] = []
         factors: list[Tensor] = []
-        for pair in self.pairs[len(same) :]:
+        for pair in self.pairs[same:]:
             places += room.ranks(memory, at, pair.rank)
             factors += pair.down, pair.up
             at += pair.rank
         if places:
-            alike = [f if f.shape == p.shape else f.reshape(p.shape) for f, p in zip(factors, places, strict=True)]
-            torch._foreach_copy_(places, alike)
+            shaped = [f if f.shape == p.shape else f.reshape(p.shape) for f, p in zip(factors, places, strict=True)]
+            torch._foreach_copy_(places, shaped)
         for spare in room.ranks(memory, at, self.width - at) if at < self.width else ():
             spare.zero_()
         down, up = room.ranks(memory, 0, self.width)

@@ -226,7 +226,7 @@ class Stack:
             empty(layer)  # what fell silent takes no memory
         if not wanted.width:
             put(layer, lora_gain=None, lora_rows=None)
-        layer.__dict__["lora_wanted"] = wanted if wanted.width else None  # not as slow as Module.__setattr__
+        layer.__dict__["lora_wanted"] = wanted if wanted.width else None  # as in wrap(): fast
         if name in self._reserve or (wanted.width and place(layer)[0].type != "cpu"):
             wanted.settle(layer)
 
