@@ -42,7 +42,7 @@ from lora_vision.report import inspect
 from lora_vision.tiny.subjects import caption
 from lora_vision.tools import page, places
 from lora_vision.tools.account import account
-from lora_vision.tools.clash import lost
+from lora_vision.tools.clash import LEAST, lost
 from lora_vision.tools.commands import prompts_of
 from lora_vision.tools.compare import compare
 from lora_vision.tools.trials import Trials, patterns, trials
@@ -134,7 +134,7 @@ def pairs(studio: Studio, styles: list[str]) -> dict[str, dict[str, Any]]:
         if not judged:
             continue
         two = {name: studio.adapters[name] for name in pair}
-        prompts = {name: prompts_of(adapter.metadata, 12) for name, adapter in two.items()}
+        prompts = {name: prompts_of(adapter.metadata, LEAST) for name, adapter in two.items()}
         foretold = dict(zip(pair, lost(load_base(studio.base), two, prompts), strict=True))
         both = (" + ".join(pair), dict.fromkeys(pair, 1.0))
         measured = {}

@@ -83,13 +83,11 @@ class Held(NamedTuple):
     """What a layer's stack holds.
 
     Attributes:
-        pairs: The factors, in this order.
-        width: R; ranks behind those of the pairs are zero.
+        pairs: The factors, in this order; ranks behind theirs are zero.
         room: How it lies in memory.
     """
 
     pairs: tuple[LowRank, ...]
-    width: int
     room: Room
 
 
@@ -120,13 +118,12 @@ class Wanted(NamedTuple):
 
     def _filled(self, layer: LoraLayer) -> Held:
         """What is in the layer's stack, after it was put there."""
-        before: Held = layer.lora_held or Held((), 0, Room.of(layer, 0, 0, 0))
+        before: Held = layer.lora_held or Held((), Room.of(layer, 0, 0, 0))
         alike = (one is other for one, other in zip(before.pairs, self.pairs, strict=False))
         same = len(list(takewhile(bool, alike)))
         at = kept = sum(pair.rank for pair in self.pairs[:same])
         memory, room = layer._buffers["lora_down"], before.room
-        fits = self.width == before.width or (kept and self.width <= room.held)
-        if memory is None or not (fits and room.holds(memory)):
+        if memory is None or not room.holds(memory) or (self.width > room.held if kept else self.width != len(memory)):
             room, old = Room.of(layer, self.width, kept, self.number), (memory, layer._buffers["lora_up"])
             memory = torch.empty(room.size, device=room.place[0], dtype=room.place[1])
             for new, elder, axis in zip(room.ranks(memory, 0, kept), old, (0, 1), strict=True):
@@ -145,7 +142,7 @@ class Wanted(NamedTuple):
             spare.zero_()
         down, up = room.ranks(memory, 0, self.width)
         put(layer, lora_down=down, lora_up=up)
-        return Held(self.pairs, self.width, room)
+        return Held(self.pairs, room)
 
 
 def empty(layer: LoraLayer) -> None:

@@ -24,8 +24,8 @@ from lora_vision.samples import draw
 _RIDGE = 0.3
 """What is added to the looks' covariance, relative to its mean variance where they vary: there are few pictures."""
 
-_LEAST = 12
-"""How many pictures are drawn with each at least."""
+LEAST = 12
+"""How many pictures are drawn at least to see a look."""
 
 
 def lost(
@@ -57,7 +57,7 @@ def lost(
         key = (*prompts[name], "", *sounding)
         if key not in known:
             blend.set(dict.fromkeys(sounding, 1.0))
-            rounds = range(seed, seed + math.ceil(_LEAST / len(prompts[name])))
+            rounds = range(seed, seed + math.ceil(LEAST / len(prompts[name])))
             pictures = [each for at in rounds for each in draw(base, prompts[name], seed=at, resolution=side)]
             known[key] = looks(base.vae, pictures)
             bar.update()

@@ -128,13 +128,13 @@ def compare(config: s.CompareConfig) -> tuple[str, Any]:
         found = compare(pair["a"], pair["b"])
     else:
         from lora_vision.base import load_base
-        from lora_vision.tools.clash import lost
+        from lora_vision.tools.clash import LEAST, lost
         from lora_vision.words import teach
 
         base = load_base(config.base, config=config.base_config)
         found = compare(pair["a"], pair["b"], _weights(base))
         teach(base.parts, base.tokenizers, pair.values())
-        prompts = {name: prompts_of(adapter.metadata, 12) for name, adapter in pair.items()}
+        prompts = {name: prompts_of(adapter.metadata, LEAST) for name, adapter in pair.items()}
         first, second = lost(_to_gpu(base), pair, prompts)
         found = replace(found, lost=(first, second))
     data = {"a": config.a, "b": config.b, **found.to_dict()}
